@@ -1,0 +1,169 @@
+//! The time of day, as milliseconds since 1970 and as the two dates that the program writes.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Milliseconds since 1970-01-01 UTC; 0 on a host whose clock stands before that.
+pub fn unix_millis() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}
+
+/// `2026-11-22T12:00:00.000Z` (RFC 3339), as log lines begin.
+pub fn rfc3339(millis: u64) -> String {
+    let Date {
+        year,
+        month,
+        day,
+        hour,
+        minute,
+        second,
+        ..
+    } = Date::at(millis / 1000);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z",
+        millis % 1000
+    )
+}
+
+/// `Sun, 22 Nov 2026 12:00:00 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), as the `Date` field has it.
+pub fn imf_fixdate(millis: u64) -> String {
+    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
+    const MONTHS: [&str; 12] = [
+        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
+    ];
+    let Date {
+        days,
+        year,
+        month,
+        day,
+        hour,
+        minute,
+        second,
+    } = Date::at(millis / 1000);
+    let (weekday, month) = (DAYS[days as usize % 7], MONTHS[month as usize - 1]);
+    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
+}
+
+struct Date {
+    /// Since 1970-01-01, a Thursday.
+    days: u64,
+    year: u64,
+    month: u64,
+    day: u64,
+    hour: u64,
+    minute: u64,
+    second: u64,
+}
+
+impl Date {
+    fn at(seconds: u64) -> Date {
+        let days = seconds / 86_400;
+        // Years that begin in March have their leap day last, and months whose first days fit the line (153 m + 2) / 5. Counted
+        // from 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
+        let era_day = (days + 719_468) % 146_097;
+        let era_year = (era_day - era_day / 1_460 + era_day / 36_524 - era_day / 146_096) / 365;
+        let year_day = era_day - (365 * era_year + era_year / 4 - era_year / 100);
+        let march_month = (5 * year_day + 2) / 153;
+        let month = if march_month < 10 {
+            march_month + 3
+        } else {
+            march_month - 9
+        };
+        let year = (days + 719_468) / 146_097 * 400 + era_year + u64::from(month <= 2);
+        let day = year_day - (153 * march_month + 2) / 5 + 1;
+        Date {
+            days,
+            year,
+            month,
+            day,
+            hour: seconds / 3600 % 24,
+            minute: seconds / 60 % 60,
+            second: seconds % 60,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_of_known_moments() {
+        let table = [
+            (
+                0,
+                "1970-01-01T00:00:00.000Z",
+                "Thu, 01 Jan 1970 00:00:00 GMT",
+            ),
+            (
+                951_782_399_999,
+                "2000-02-28T23:59:59.999Z",
+                "Mon, 28 Feb 2000 23:59:59 GMT",
+            ),
+            (
+                951_782_400_001,
+                "2000-02-29T00:00:00.001Z",
+                "Tue, 29 Feb 2000 00:00:00 GMT",
+            ),
+            (
+                1_078_012_800_000,
+                "2004-02-29T00:00:00.000Z",
+                "Sun, 29 Feb 2004 00:00:00 GMT",
+            ),
+            (
+                1_795_348_800_000,
+                "2026-11-22T12:00:00.000Z",
+                "Sun, 22 Nov 2026 12:00:00 GMT",
+            ),
+            (
+                4_107_542_400_000,
+                "2100-03-01T00:00:00.000Z",
+                "Mon, 01 Mar 2100 00:00:00 GMT",
+            ),
+            (
+                13_574_563_200_000,
+                "2400-02-29T00:00:00.000Z",
+                "Tue, 29 Feb 2400 00:00:00 GMT",
+            ),
+        ];
+        for (millis, log, field) in table {
+            assert_eq!(
+                (rfc3339(millis).as_str(), imf_fixdate(millis).as_str()),
+                (log, field)
+            );
+        }
+    }
+
+    /// Day by day over four centuries, against the calendar's own rule.
+    #[test]
+    fn every_day_follows_the_last() {
+        let (mut year, mut month, mut day) = (1970, 1, 1);
+        for days in 0..146_097 {
+            let date = Date::at(days * 86_400 + 86_399);
+            assert_eq!((date.year, date.month, date.day), (year, month, day));
+            let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+            let last = [
+                31,
+                if leap { 29 } else { 28 },
+                31,
+                30,
+                31,
+                30,
+                31,
+                31,
+                30,
+                31,
+                30,
+                31,
+            ][month as usize - 1];
+            day += 1;
+            if day > last {
+                (day, month) = (1, month + 1);
+            }
+            if month > 12 {
+                (month, year) = (1, year + 1);
+            }
+        }
+    }
+}

@@ -1,0 +1,211 @@
+use super::*;
+
+/// The events of a stream, as (event, data) pairs, checked for their form and numbering.
+fn events(stream: &[u8]) -> Vec<(String, String)> {
+    let text = std::str::from_utf8(stream).unwrap();
+    assert!(text.is_empty() || text.ends_with("\n\n"));
+    let blocks = text.split_terminator("\n\n").enumerate();
+    blocks
+        .map(|(index, block)| {
+            let lines: Vec<&str> = block.split('\n').collect();
+            let [id, event, data] = lines[..] else {
+                panic!("{block:?}")
+            };
+            let (millis, number) = id.strip_prefix("id: ").unwrap().split_once('-').unwrap();
+            assert!(millis.parse::<u64>().unwrap() > 1_700_000_000_000);
+            assert_eq!(number, (index + 1).to_string());
+            (
+                event.strip_prefix("event: ").unwrap().to_string(),
+                data.strip_prefix("data: ").unwrap().to_string(),
+            )
+        })
+        .collect()
+}
+
+/// What a JSON parser makes of the `out` of a piece's data.
+fn unescape(data: &str) -> String {
+    let inside = data
+        .split_once("\"out\":\"")
+        .unwrap()
+        .1
+        .strip_suffix("\"}")
+        .unwrap();
+    let mut text = String::new();
+    let mut characters = inside.chars();
+    while let Some(character) = characters.next() {
+        assert!(character >= ' ' && character != '"');
+        if character != '\\' {
+            text.push(character);
+            continue;
+        }
+        text.push(match characters.next().unwrap() {
+            'n' => '\n',
+            'r' => '\r',
+            't' => '\t',
+            'b' => '\u{8}',
+            'f' => '\u{c}',
+            'u' => {
+                let hex: String = characters.by_ref().take(4).collect();
+                let control = char::from_u32(u32::from_str_radix(&hex, 16).unwrap()).unwrap();
+                assert!(control < ' ');
+                control
+            }
+            escaped @ ('"' | '\\') => escaped,
+            other => panic!("\\{other} in {data}"),
+        });
+    }
+    text
+}
+
+fn decoded(pieces: &[&[u8]]) -> String {
+    let (mut encoder, mut out) = (Encoder::default(), Vec::new());
+    for piece in pieces {
+        encoder.piece(Source::Stdout, piece, &mut out);
+    }
+    encoder.end_of(Source::Stdout, &mut out);
+    events(&out)
+        .iter()
+        .map(|(_, data)| unescape(data))
+        .inspect(|text| assert!(!text.is_empty()))
+        .collect()
+}
+
+#[test]
+fn the_contract_s_example() {
+    let (mut encoder, mut out) = (Encoder::default(), Vec::new());
+    encoder.start(4711, &mut out);
+    encoder.piece(Source::Stdout, b"total 12\n", &mut out);
+    encoder.piece(
+        Source::Stderr,
+        b"ls: x: No such file or directory\n",
+        &mut out,
+    );
+    encoder.error("a \"word\"", &mut out);
+    encoder.exit("exited", Status::Code(2), 6, [9, 33], &mut out);
+    encoder.exit("killed", Status::Signal(9), 7, [0, 0], &mut out);
+    let expected = [
+        ("start", r#"{"type":"start","pid":4711}"#),
+        ("stdout", r#"{"type":"stdout","out":"total 12\n"}"#),
+        (
+            "stderr",
+            r#"{"type":"stderr","out":"ls: x: No such file or directory\n"}"#,
+        ),
+        ("err", r#"{"type":"error","out":"a \"word\""}"#),
+        (
+            "exit",
+            r#"{"type":"exit","out":"exited","code":2,"signal":null,"ms":6,"stdout_bytes":9,"stderr_bytes":33}"#,
+        ),
+        (
+            "exit",
+            r#"{"type":"exit","out":"killed","code":null,"signal":9,"ms":7,"stdout_bytes":0,"stderr_bytes":0}"#,
+        ),
+    ];
+    let expected = expected.map(|(event, data)| (event.to_string(), data.to_string()));
+    assert_eq!(events(&out), expected);
+}
+
+/// The counts of U+FFFD are those of browsers (Unicode 3.9, table 3-8 to 3-11, and the WHATWG decoder's tests).
+#[test]
+fn invalid_bytes_become_the_browsers_count_of_replacements() {
+    let table: &[(&[u8], &str)] = &[
+        (b"\xff", "\u{fffd}"),
+        (b"\x80\xbf", "\u{fffd}\u{fffd}"),
+        (
+            b"\xc0\xaf\xe0\x80\xbf\xf0\x81\x82\x41",
+            "\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}A",
+        ),
+        (
+            b"\xed\xa0\x80\xed\xbf\xbf\xed\xaf\x41",
+            "\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}A",
+        ),
+        (
+            b"\xf4\x91\x92\x93\xff\x41\x80\xbf\x42",
+            "\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}A\u{fffd}\u{fffd}B",
+        ),
+        (
+            b"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41",
+            "\u{fffd}\u{fffd}\u{fffd}\u{fffd}A",
+        ),
+        (b"\xe2\x82", "\u{fffd}"),
+        (b"\xf0\x9f\x98", "\u{fffd}"),
+        (b"\xc3\x0a\xc3\xa9", "\u{fffd}\n\u{e9}"),
+        (b"\xef\xbb\xbfx", "\u{feff}x"),
+    ];
+    for (bytes, expected) in table {
+        assert_eq!(decoded(&[bytes]), *expected, "{bytes:x?}");
+        assert_eq!(String::from_utf8_lossy(bytes), *expected, "{bytes:x?}");
+    }
+}
+
+#[test]
+fn a_text_split_anywhere_decodes_the_same() {
+    let text = "a\u{0}\u{1f} \"q\" \\ é € 😀\u{7f}\u{85}\u{2028}\r\n\t\u{8}\u{c}".as_bytes();
+    let broken = b"\xe2\x82\xe2\x82\xac\xf0\x9f\xf0\x9f\x98\x80\xf0\x9f\x98\n\xc3\xc3\xa9\xed\xa0\x80\xff\xfe".as_slice();
+    for bytes in [text, broken] {
+        let whole = String::from_utf8_lossy(bytes);
+        for first in 0..=bytes.len() {
+            for second in first..=bytes.len() {
+                let pieces = [&bytes[..first], &bytes[first..second], &bytes[second..]];
+                assert_eq!(decoded(&pieces), whole, "{first} {second}");
+            }
+        }
+        let bytewise: Vec<&[u8]> = bytes.chunks(1).collect();
+        assert_eq!(decoded(&bytewise), whole);
+    }
+}
+
+#[test]
+fn stdout_and_stderr_carry_apart() {
+    let (mut encoder, mut out) = (Encoder::default(), Vec::new());
+    encoder.piece(Source::Stdout, b"\xe2\x82", &mut out);
+    encoder.piece(Source::Stderr, b"\xc3", &mut out);
+    assert!(out.is_empty());
+    encoder.piece(Source::Stdout, b"\xac", &mut out);
+    encoder.piece(Source::Stderr, b"\xa9", &mut out);
+    let expected = [
+        ("stdout", r#"{"type":"stdout","out":"€"}"#),
+        ("stderr", r#"{"type":"stderr","out":"é"}"#),
+    ];
+    assert_eq!(
+        events(&out),
+        expected.map(|(event, data)| (event.to_string(), data.to_string()))
+    );
+}
+
+/// Every byte at every place of a word, beside every neighbour that could borrow from it.
+#[test]
+fn the_search_finds_what_a_plain_one_finds() {
+    let plain = |text: &[u8]| {
+        text.iter()
+            .position(|&byte| byte < 0x20 || byte == b'"' || byte == b'\\')
+    };
+    for length in 0..20 {
+        for place in 0..length {
+            for byte in 0..=255 {
+                for neighbour in [
+                    0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff,
+                ] {
+                    let mut text = vec![b'x'; length];
+                    text[place] = byte;
+                    if let Some(after) = text.get_mut(place + 1) {
+                        *after = neighbour;
+                    }
+                    assert_eq!(
+                        clean_prefix(&text),
+                        plain(&text).unwrap_or(length),
+                        "{text:x?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn controls_are_escaped_and_nothing_else() {
+    let all: String = (0..0x500).filter_map(char::from_u32).collect();
+    assert_eq!(decoded(&[all.as_bytes()]), all);
+    let mut out = Vec::new();
+    escape("\u{1f}\u{7f}\u{9f}/é\u{2028}".as_bytes(), &mut out);
+    assert_eq!(out, "\\u001f\u{7f}\u{9f}/é\u{2028}".as_bytes());
+}
