@@ -11,77 +11,49 @@ pub fn unix_millis() -> u64 {
 
 /// `2026-11-22T12:00:00.000Z` (RFC 3339), as log lines begin.
 pub fn rfc3339(millis: u64) -> String {
-    let Date {
-        year,
-        month,
-        day,
-        hour,
-        minute,
-        second,
-        ..
-    } = Date::at(millis / 1000);
+    let (year, month, day) = civil_date(millis / 86_400_000);
     format!(
-        "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{:03}Z",
+        "{year:04}-{month:02}-{day:02}T{}.{:03}Z",
+        time_of_day(millis),
         millis % 1000
     )
 }
 
 /// `Sun, 22 Nov 2026 12:00:00 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), as the `Date` field has it.
 pub fn imf_fixdate(millis: u64) -> String {
-    const DAYS: [&str; 7] = ["Thu", "Fri", "Sat", "Sun", "Mon", "Tue", "Wed"];
-    const MONTHS: [&str; 12] = [
-        "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-    ];
-    let Date {
-        days,
-        year,
-        month,
-        day,
-        hour,
-        minute,
-        second,
-    } = Date::at(millis / 1000);
-    let (weekday, month) = (DAYS[days as usize % 7], MONTHS[month as usize - 1]);
-    format!("{weekday}, {day:02} {month} {year:04} {hour:02}:{minute:02}:{second:02} GMT")
+    let days = millis / 86_400_000;
+    let (year, month, day) = civil_date(days);
+    // 1970 began on a Thursday.
+    let weekday = &"ThuFriSatSunMonTueWed"[days as usize % 7 * 3..][..3];
+    let month = &"JanFebMarAprMayJunJulAugSepOctNovDec"[month as usize * 3 - 3..][..3];
+    format!(
+        "{weekday}, {day:02} {month} {year:04} {} GMT",
+        time_of_day(millis)
+    )
 }
 
-struct Date {
-    /// Since 1970-01-01, a Thursday.
-    days: u64,
-    year: u64,
-    month: u64,
-    day: u64,
-    hour: u64,
-    minute: u64,
-    second: u64,
+fn time_of_day(millis: u64) -> String {
+    let seconds = millis / 1000;
+    format!(
+        "{:02}:{:02}:{:02}",
+        seconds / 3600 % 24,
+        seconds / 60 % 60,
+        seconds % 60
+    )
 }
 
-impl Date {
-    fn at(seconds: u64) -> Date {
-        let days = seconds / 86_400;
-        // Years that begin in March have their leap day last, and months whose first days fit the line (153 m + 2) / 5. Counted
-        // from 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
-        let era_day = (days + 719_468) % 146_097;
-        let era_year = (era_day - era_day / 1_460 + era_day / 36_524 - era_day / 146_096) / 365;
-        let year_day = era_day - (365 * era_year + era_year / 4 - era_year / 100);
-        let march_month = (5 * year_day + 2) / 153;
-        let month = if march_month < 10 {
-            march_month + 3
-        } else {
-            march_month - 9
-        };
-        let year = (days + 719_468) / 146_097 * 400 + era_year + u64::from(month <= 2);
-        let day = year_day - (153 * march_month + 2) / 5 + 1;
-        Date {
-            days,
-            year,
-            month,
-            day,
-            hour: seconds / 3600 % 24,
-            minute: seconds / 60 % 60,
-            second: seconds % 60,
-        }
-    }
+/// Year, month and day of a day counted from 1970-01-01 in the Gregorian calendar.
+///
+/// Years that begin in March have their leap day last, and months whose first days lie on the line (153 m + 2) / 5. Counted from
+/// 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
+fn civil_date(days: u64) -> (u64, u64, u64) {
+    let (era, day) = ((days + 719_468) / 146_097, (days + 719_468) % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let month = if month < 10 { month + 3 } else { month - 9 };
+    (era * 400 + year + u64::from(month <= 2), month, day)
 }
 
 #[cfg(test)]
@@ -140,8 +112,7 @@ mod tests {
     fn every_day_follows_the_last() {
         let (mut year, mut month, mut day) = (1970, 1, 1);
         for days in 0..146_097 {
-            let date = Date::at(days * 86_400 + 86_399);
-            assert_eq!((date.year, date.month, date.day), (year, month, day));
+            assert_eq!(civil_date(days), (year, month, day));
             let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
             let last = [
                 31,

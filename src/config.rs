@@ -1,8 +1,9 @@
 //! The command line and the environment, as a `Config`; the usage text.
 
 use crate::listener::Address;
-use crate::policy::{Pattern, Policy};
+use crate::policy::Policy;
 use crate::run::Limits;
+use crate::words;
 use std::ffi::OsString;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -116,8 +117,11 @@ impl Config {
                 }
                 "--allow" => {
                     let value = value("a command line")?;
-                    let pattern = Pattern::new(&value).map_err(|why| wrong(&name, &value, why))?;
-                    config.policy.allowed.push(pattern);
+                    let words = words::split(&value).map_err(|why| wrong(&name, &value, why))?;
+                    if words.is_empty() {
+                        return Err(wrong(&name, &value, "a command line"));
+                    }
+                    config.policy.allowed.push(words);
                 }
                 "--token-file" => token_file = Some(value("a path")?),
                 "--allow-origin" => {

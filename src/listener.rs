@@ -174,6 +174,13 @@ impl Connection {
     }
 }
 
+impl Input {
+    /// Lets reads go on for `time` from now, altogether.
+    pub fn allow(&mut self, time: Duration) {
+        self.deadline = Some(Instant::now() + time);
+    }
+}
+
 impl Read for Input {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {

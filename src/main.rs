@@ -6,7 +6,6 @@
 
 // Starting, and the path of a connection.
 mod config;
-mod listener;
 mod server;
 
 // A request, and whether it may be.
@@ -22,7 +21,9 @@ mod run;
 mod child;
 mod output;
 
-// Leaves.
+// What the others stand on.
+mod listener;
+
 mod clock;
 mod log;
 #[allow(unsafe_code)]

@@ -5,6 +5,7 @@
 
 use crate::request::{Refusal, Request, form_value};
 use crate::words;
+use Refusal::{Bad, Forbidden};
 use std::net::IpAddr;
 
 /// What the options say about callers and commands.
@@ -13,59 +14,28 @@ pub struct Policy {
     pub token: Option<String>,
     /// Foreign origins, as browsers serialise them; `*` is any.
     pub origins: Vec<String>,
-    /// Nothing here allows everything.
-    pub allowed: Vec<Pattern>,
+    /// Command lines that may run, word for word; a last word `*` is any further words. None at all allows everything.
+    pub allowed: Vec<Vec<Vec<u8>>>,
 }
 
-/// A command line that may run, word for word.
-#[derive(Debug, PartialEq)]
-pub struct Pattern {
-    words: Vec<Vec<u8>>,
-    /// It ended in `*`: further words may follow.
-    open: bool,
-}
-
-impl Pattern {
-    pub fn new(line: &[u8]) -> Result<Pattern, &'static str> {
-        let mut words = words::split(line)?;
-        let open = words.last().is_some_and(|last| last == b"*");
-        if open {
-            words.pop();
-        }
-        if words.is_empty() && !open {
-            return Err("command is empty");
-        }
-        Ok(Pattern { words, open })
-    }
-
-    fn admits(&self, words: &[Vec<u8>]) -> bool {
-        if self.open {
-            words.starts_with(&self.words)
-        } else {
-            words == self.words
-        }
-    }
+/// A command line and its words.
+pub struct Order {
+    pub line: Vec<u8>,
+    pub words: Vec<Vec<u8>>,
 }
 
 impl Policy {
-    /// The `Host` field, and rule 1: a name that can only mean this server. It stops DNS rebinding, where another site's name is made to
-    /// resolve to this host's address. `local` is the address that the connection came in on; none for a Unix socket.
+    /// `Host`, and rule 1: a name that can only mean this server. It stops DNS rebinding, where another site's name is made to resolve
+    /// to this host's address. `local` is the address that the connection came in on; none for a Unix socket.
     pub fn host(&self, request: &Request, local: Option<IpAddr>) -> Result<(), Refusal> {
-        let hosts: Vec<&[u8]> = request.all("host").collect();
-        match hosts.len() {
-            1 => {}
-            0 if request.minor == 0 => {}
-            _ => return Err(Refusal::Host("HTTP/1.1 needs exactly one Host")),
+        let hosts = request.all("host");
+        if hosts.len() > 1 || (hosts.is_empty() && request.minor > 0) {
+            return Err(Bad("HTTP/1.1 needs exactly one Host"));
         }
-        let authorities = request.authority.iter().map(String::as_bytes).chain(hosts);
-        for authority in authorities {
-            let Some(name) = host_name(authority) else {
-                return Err(Refusal::Host("malformed Host"));
-            };
+        for authority in hosts.into_iter().chain(request.authority.as_deref()) {
+            let name = host_name(authority).ok_or(Bad("malformed Host"))?;
             if self.token.is_none() && !means_here(&name, local) {
-                return Err(Refusal::Misdirected(
-                    "Host is not this server's address; another name needs a token",
-                ));
+                return Err(Refusal::Misdirected);
             }
         }
         Ok(())
@@ -73,47 +43,40 @@ impl Policy {
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
     pub fn browser(&self, request: &Request) -> Result<(), Refusal> {
-        let mut origins = request.all("origin");
-        if let Some(origin) = origins.next() {
-            let allowed = is_own(request, origin) || self.is_allowed_origin(origin);
-            return match origins.next() {
-                None if allowed => Ok(()),
-                _ => Err(Refusal::Forbidden("origin not allowed")),
+        let origins = request.all("origin");
+        if !origins.is_empty() {
+            let allowed = is_own(request, origins[0]) || self.admits_origin(origins[0]);
+            let one = origins.len() == 1;
+            return if one && allowed {
+                Ok(())
+            } else {
+                Err(Forbidden("origin not allowed"))
             };
         }
-        let site = request.all("sec-fetch-site").collect::<Vec<_>>();
-        if !site
+        let sites = request.all("sec-fetch-site");
+        if !sites
             .iter()
-            .all(|site| matches!(*site, b"same-origin" | b"none"))
+            .all(|site| matches!(*site, "same-origin" | "none"))
         {
-            return Err(Refusal::Forbidden(
-                "request of another site's page (Sec-Fetch-Site)",
-            ));
+            return Err(Forbidden("another site's page calls (Sec-Fetch-Site)"));
         }
-        if request.path == "/run"
-            && request
-                .all("sec-fetch-mode")
-                .any(|mode| mode == b"navigate")
-        {
-            return Err(Refusal::Forbidden("a link runs nothing (Sec-Fetch-Mode)"));
+        if request.path == "/run" && request.all("sec-fetch-mode").contains(&"navigate") {
+            return Err(Forbidden("a link runs nothing (Sec-Fetch-Mode)"));
         }
-        let browser = request
-            .field("user-agent")
-            .is_some_and(|agent| agent.starts_with(b"Mozilla/"));
-        if self.token.is_none() && site.is_empty() && browser {
-            return Err(Refusal::Forbidden(
-                "a browser that says neither Origin nor Sec-Fetch-Site",
-            ));
+        let browser = |agent: &&str| agent.starts_with("Mozilla/");
+        let silent = self.token.is_none() && sites.is_empty();
+        if silent && request.all("user-agent").iter().any(browser) {
+            return Err(Forbidden("a browser without Origin and Sec-Fetch-Site"));
         }
         Ok(())
     }
 
-    /// The foreign origin whose pages may read the answer.
-    pub fn foreign_origin<'a>(&self, request: &'a Request) -> Option<&'a [u8]> {
-        let mut origins = request.all("origin");
-        let origin = origins.next()?;
-        (origins.next().is_none() && !is_own(request, origin) && self.is_allowed_origin(origin))
-            .then_some(origin)
+    /// The one foreign origin, if its pages may read the answer.
+    pub fn foreign_origin<'a>(&self, request: &'a Request) -> Option<&'a str> {
+        let [origin] = request.all("origin")[..] else {
+            return None;
+        };
+        (!is_own(request, origin) && self.admits_origin(origin)).then_some(origin)
     }
 
     /// The bearer token (RFC 6750 section 2.1), compared in a time that does not tell how much of it was right.
@@ -121,88 +84,77 @@ impl Policy {
         let Some(token) = &self.token else {
             return Ok(());
         };
-        let mut fields = request.all("authorization");
-        let (Some(value), None) = (fields.next(), fields.next()) else {
+        let [credentials] = request.all("authorization")[..] else {
             return Err(Refusal::Token);
         };
-        let (scheme, given) = value.split_at(value.len().min(7));
-        let given = given.trim_ascii_start();
-        let differences = token
-            .bytes()
-            .zip(given)
-            .fold(0, |all, (a, b)| all | (a ^ b));
+        let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
+        let given = given.trim_start();
+        let pairs = token.bytes().zip(given.bytes());
+        let differences = pairs.fold(0, |all, (a, b)| std::hint::black_box(all | (a ^ b)));
         // The length of a token is no secret.
-        let same = std::hint::black_box(differences) == 0 && token.len() == given.len();
-        if same && scheme.eq_ignore_ascii_case(b"bearer ") {
+        let right = differences == 0 && token.len() == given.len();
+        if right && scheme.eq_ignore_ascii_case("bearer") {
             Ok(())
         } else {
             Err(Refusal::Token)
         }
     }
 
-    /// The words of the one `command` in a query or form, if they may run.
-    pub fn command(&self, form: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
-        let line = form_value(form, "command")?.ok_or(Refusal::Command("no command"))?;
-        let words = words::split(&line).map_err(Refusal::Command)?;
+    /// The one `command` in a query or form, if it may run.
+    pub fn command(&self, form: &[u8]) -> Result<Order, Refusal> {
+        let line = form_value(form, b"command")?.ok_or(Bad("no command"))?;
+        let words = words::split(&line).map_err(Bad)?;
         if words.is_empty() {
-            return Err(Refusal::Command("command is empty"));
+            return Err(Bad("command is empty"));
         }
-        if self.allowed.is_empty() || self.allowed.iter().any(|pattern| pattern.admits(&words)) {
-            Ok(words)
-        } else {
-            Err(Refusal::Forbidden("command not allowed"))
+        let admits = |pattern: &Vec<Vec<u8>>| match pattern.split_last() {
+            Some((last, first)) if last == b"*" => words.starts_with(first),
+            _ => words == *pattern,
+        };
+        if !self.allowed.is_empty() && !self.allowed.iter().any(admits) {
+            return Err(Forbidden("command not allowed"));
         }
+        Ok(Order { line, words })
     }
 
-    fn is_allowed_origin(&self, origin: &[u8]) -> bool {
-        origin != b"null"
-            && self
-                .origins
-                .iter()
-                .any(|allowed| allowed == "*" || allowed.as_bytes() == origin)
+    fn admits_origin(&self, origin: &str) -> bool {
+        let admits = |allowed: &String| allowed == origin || allowed == "*";
+        origin != "null" && origin.is_ascii() && self.origins.iter().any(admits)
     }
 }
 
 /// Whether `origin` is `http://` and what the request says this server is called.
-fn is_own(request: &Request, origin: &[u8]) -> bool {
-    let host = request
-        .authority
-        .as_ref()
-        .map(String::as_bytes)
-        .or(request.field("host"));
-    host.is_some() && origin.strip_prefix(b"http://") == host
+fn is_own(request: &Request, origin: &str) -> bool {
+    let hosts = request.all("host");
+    let name = request.authority.as_deref().or(hosts.first().copied());
+    name.is_some() && origin.strip_prefix("http://") == name
 }
 
-/// The host of `host[:port]`, lower case; `None` where the grammar of RFC 3986 section 3.2.2 does not have it.
-fn host_name(authority: &[u8]) -> Option<String> {
-    let authority = std::str::from_utf8(authority).ok()?;
-    let end = if authority.starts_with('[') {
-        authority.find(']')? + 1
-    } else {
-        authority.find(':').unwrap_or(authority.len())
-    };
-    let (host, port) = authority.split_at(end);
-    let port_is_good = port.is_empty()
-        || port
-            .strip_prefix(':')
-            .is_some_and(|port| port.bytes().all(|byte| byte.is_ascii_digit()));
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=[]:".contains(&byte);
-    (!host.is_empty() && port_is_good && host.bytes().all(good)).then(|| host.to_ascii_lowercase())
+/// The host of `host[:port]`, lower case; none where RFC 3986 section 3.2.2 does not have it.
+fn host_name(authority: &str) -> Option<String> {
+    let start_of_port = authority.rfind(']').unwrap_or(0);
+    let colon = authority[start_of_port..]
+        .find(':')
+        .map(|at| start_of_port + at);
+    let (host, port) = authority.split_at(colon.unwrap_or(authority.len()));
+    let in_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=[]:".contains(c);
+    let good = !host.is_empty() && host.chars().all(in_host);
+    (good && port.chars().skip(1).all(|c| c.is_ascii_digit())).then(|| host.to_ascii_lowercase())
 }
 
-/// Parsed addresses and whole names are compared, never beginnings or ends: `127.0.0.1.evil.test` is somebody else's.
+/// Whole names and parsed addresses are compared, never beginnings or ends: `127.0.0.1.evil.test` is somebody else's.
 fn means_here(name: &str, local: Option<IpAddr>) -> bool {
-    let literal = match name
+    let address = match name
         .strip_prefix('[')
         .and_then(|rest| rest.strip_suffix(']'))
     {
-        Some(literal) => literal.parse().ok().map(IpAddr::V6),
-        None => name.parse().ok().map(IpAddr::V4),
+        Some(literal) => literal.parse().map(IpAddr::V6),
+        None => name.parse().map(IpAddr::V4),
     };
-    if let Some(address) = literal {
+    if let Ok(address) = address {
         return local == Some(address);
     }
     let name = name.strip_suffix('.').unwrap_or(name);
-    local.is_none_or(|local| local.is_loopback())
-        && (name == "localhost" || name.ends_with(".localhost"))
+    let here = local.is_none_or(|local| local.is_loopback());
+    here && (name == "localhost" || name.ends_with(".localhost"))
 }

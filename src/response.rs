@@ -1,25 +1,32 @@
 //! Responses as bytes, and the one place where a refusal becomes a status.
 
 use crate::clock;
+use crate::output::{Format, Stream};
 use crate::request::Refusal;
 use std::fmt::Display;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 
-/// What the answers to one request have in common.
-#[derive(Default)]
+/// An answer that is no command's output.
+pub enum Reply {
+    Page,
+    /// Which methods there are; a CORS preflight where another site's page asks.
+    Options(&'static str),
+    /// The head of what GET would get.
+    Head(Format),
+    /// An event stream that says why a command could not be started, with the exit status by which a shell does (XCU 2.8.2).
+    Failed(Format, i32, String),
+    Refusal(Refusal),
+}
+
+/// How the answers to one request are given.
 pub struct Answer<'a> {
     /// The connection ends with this answer.
     pub close: bool,
     /// It answers HEAD: no content follows.
     pub head_only: bool,
     /// The allowed origin of another site's page, which may then read the answer.
-    pub foreign_origin: Option<&'a [u8]>,
-}
-
-/// How a command's output is sent: as an event stream or as plain text, in chunks or up to the end of the connection.
-#[derive(Clone, Copy)]
-pub struct Format {
-    pub events: bool,
-    pub chunked: bool,
+    pub foreign_origin: Option<&'a str>,
 }
 
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
@@ -34,9 +41,59 @@ const PAGE: &[u8] = include_bytes!("console.html");
 const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
+impl From<Refusal> for Reply {
+    fn from(refusal: Refusal) -> Reply {
+        Reply::Refusal(refusal)
+    }
+}
+
+impl Reply {
+    /// Whether the rest of the connection cannot be understood any more.
+    pub fn breaks_framing(&self) -> bool {
+        matches!(self, Reply::Refusal(refusal) if refusal.breaks_framing())
+    }
+}
+
 impl Answer<'_> {
-    /// The console page.
-    pub fn page(&self) -> Vec<u8> {
+    pub fn render(&self, reply: &Reply) -> Vec<u8> {
+        match reply {
+            Reply::Page => self.page(),
+            Reply::Options(methods) => self.options(methods),
+            Reply::Head(format) => self.stream(*format),
+            Reply::Failed(format, code, why) => {
+                let mut stream = Stream::new(*format, self.stream(*format));
+                stream.error(why);
+                stream.exit("failed", ExitStatus::from_raw(code << 8), 0, [0, 0]);
+                stream.take()
+            }
+            Reply::Refusal(refusal) => self.refusal(refusal),
+        }
+    }
+
+    /// The head of a command's output.
+    pub fn stream(&self, format: Format) -> Vec<u8> {
+        let media_type = if format.events {
+            "text/event-stream"
+        } else {
+            "text/plain; charset=utf-8"
+        };
+        let mut head = self.head("200 OK");
+        field(&mut head, "Content-Type", media_type);
+        field(&mut head, "Cache-Control", "no-cache");
+        if !self.close {
+            field(&mut head, "Connection", "keep-alive");
+        }
+        field(&mut head, "X-Accel-Buffering", "no");
+        if format.chunked {
+            field(&mut head, "Transfer-Encoding", "chunked");
+        }
+        if format.chunked && !format.events {
+            field(&mut head, "Trailer", "Exit-Code, Exit-Signal");
+        }
+        end(head)
+    }
+
+    fn page(&self) -> Vec<u8> {
         let mut head = self.head("200 OK");
         field(&mut head, "Content-Type", "text/html; charset=utf-8");
         field(&mut head, "Cache-Control", "no-store");
@@ -45,49 +102,19 @@ impl Answer<'_> {
         self.content(head, PAGE)
     }
 
-    /// The answer to OPTIONS, which is a CORS preflight where another site's page asks.
-    pub fn options(&self, methods: &str) -> Vec<u8> {
+    fn options(&self, methods: &str) -> Vec<u8> {
         let mut head = self.head("204 No Content");
         field(&mut head, "Allow", methods);
         if self.foreign_origin.is_some() {
+            let fields = "Authorization, Content-Type, Last-Event-ID";
             field(&mut head, "Access-Control-Allow-Methods", "GET, POST");
-            field(
-                &mut head,
-                "Access-Control-Allow-Headers",
-                "Authorization, Content-Type, Last-Event-ID",
-            );
-        }
-        end(head)
-    }
-
-    /// The head of a command's output; what follows is framed as `format` says.
-    pub fn stream(&self, format: Format) -> Vec<u8> {
-        let mut head = self.head("200 OK");
-        field(
-            &mut head,
-            "Content-Type",
-            if format.events {
-                "text/event-stream"
-            } else {
-                "text/plain; charset=utf-8"
-            },
-        );
-        field(&mut head, "Cache-Control", "no-cache");
-        if !self.close {
-            field(&mut head, "Connection", "keep-alive");
-        }
-        field(&mut head, "X-Accel-Buffering", "no");
-        if format.chunked {
-            field(&mut head, "Transfer-Encoding", "chunked");
-            if !format.events {
-                field(&mut head, "Trailer", "Exit-Code, Exit-Signal");
-            }
+            field(&mut head, "Access-Control-Allow-Headers", fields);
         }
         end(head)
     }
 
     /// One line of plain text that says what is wrong.
-    pub fn refusal(&self, refusal: &Refusal) -> Vec<u8> {
+    fn refusal(&self, refusal: &Refusal) -> Vec<u8> {
         let (status, why) = explain(refusal);
         let mut head = self.head(status);
         match refusal {
@@ -106,11 +133,7 @@ impl Answer<'_> {
         field(&mut head, "Date", clock::imf_fixdate(clock::unix_millis()));
         field(&mut head, "X-Content-Type-Options", "nosniff");
         if let Some(origin) = self.foreign_origin {
-            field(
-                &mut head,
-                "Access-Control-Allow-Origin",
-                origin.escape_ascii(),
-            );
+            field(&mut head, "Access-Control-Allow-Origin", origin);
             field(&mut head, "Vary", "Origin");
         }
         if self.close {
@@ -134,7 +157,7 @@ pub fn explain(refusal: &Refusal) -> (&'static str, String) {
     use Refusal::*;
     let (status, why) = match refusal {
         Gone => ("400 Bad Request", "connection lost"),
-        Malformed(why) | Host(why) | Command(why) => ("400 Bad Request", *why),
+        Malformed(why) | Bad(why) => ("400 Bad Request", *why),
         Token => (
             "401 Unauthorized",
             "token missing or wrong: send Authorization: Bearer TOKEN",
@@ -151,7 +174,10 @@ pub fn explain(refusal: &Refusal) -> (&'static str, String) {
             "request line over 8 KiB: send a long command as a form",
         ),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
-        Misdirected(why) => ("421 Misdirected Request", *why),
+        Misdirected => (
+            "421 Misdirected Request",
+            "Host is not this server's address: another name needs a token",
+        ),
         HeadTooLarge => (
             "431 Request Header Fields Too Large",
             "head over 16 KiB or 100 fields",

@@ -5,19 +5,20 @@
 //! a command: the client, the leader's exit, time, and the server's own end. The way not taken, a thread for each of these, costs more
 //! per run than the spawn and needs locks where this needs none.
 
-use crate::child::{Child, Feed, Piece};
-use crate::log::Line;
-use crate::output::{COMMENT, Encoder, Source, Status};
-use crate::response::Format;
+use crate::child::{Child, Feed};
+use crate::listener::Connection;
+use crate::log::{self, Quoted};
+use crate::output::{Source, Stream};
 use crate::sys;
 use std::io::{ErrorKind, Write};
-use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often a silent stream looks around, and the longest that a write blocks in one call.
-pub const TICK: Duration = Duration::from_millis(200);
+/// How often a silent stream looks around, and the longest that a write blocks in one call. A client that is gone may take two
+/// looks to tell from one that has only finished sending; its command is to be told within half a second.
+pub const TICK: Duration = Duration::from_millis(150);
 
 /// What a command left running may pause for before the stream ends.
 const QUIET: Duration = Duration::from_millis(250);
@@ -25,6 +26,7 @@ const QUIET: Duration = Duration::from_millis(250);
 const AFTER_KILL: Duration = Duration::from_millis(100);
 /// How long content that goes on coming after the command's end is waited for.
 const CONTENT_REST: Duration = Duration::from_secs(1);
+const MOMENT: Duration = Duration::from_millis(1);
 /// So much of a piece is encoded before what is encoded is sent: a byte can become six.
 const SLICE: usize = 32 << 10;
 /// What is ready is sent in one write, once it is about this long.
@@ -39,222 +41,139 @@ pub struct Limits {
     pub verbose: bool,
 }
 
-/// Where a command's output goes.
-pub struct Client<'a> {
-    pub socket: &'a TcpStream,
-    pub peer: &'a str,
-    pub format: Format,
-}
-
-/// How a run ended, for the connection.
-pub struct Ended {
-    /// Everything was written, `exit` included.
-    pub complete: bool,
-    pub feed: Option<Feed>,
-}
-
-/// Streams a command that was started, from `head` to the last chunk, and sees to its end.
-pub fn stream(child: Child, client: &Client, limits: &Limits, head: Vec<u8>) -> Ended {
+/// Streams a command that was started, and sees to its end. Returns whether all was written, `exit` included, and the content.
+pub fn run(
+    child: Child,
+    connection: &Connection,
+    limits: &Limits,
+    stream: Stream,
+) -> (bool, Option<Feed>) {
     let now = Instant::now();
     let mut run = Run {
         child,
-        client,
+        connection,
         limits,
-        frames: Frames::new(client.format, head),
+        stream,
         bytes: [0; 2],
         started: now,
         looked: now,
-        active: now,
+        written: now,
         heard: now,
-        tick: TICK,
-        half_closed: false,
-        left: None,
+        lost: None,
         ending: None,
-        news: None,
         exited: None,
         kill_at: None,
         stop_at: None,
     };
-    let pid = run.child.pid();
-    run.frames.event(|encoder, out| encoder.start(pid, out));
+    run.stream.start(run.child.pid());
     run.send();
     run.turn_until_over();
     run.finish()
 }
 
-/// The stream of a command that could not be started: `err` and `exit`.
-pub fn failed_stream(code: i32, why: &str, format: Format, head: Vec<u8>) -> Vec<u8> {
-    let mut frames = Frames::new(format, head);
-    frames.event(|encoder, out| {
-        encoder.error(why, out);
-        encoder.exit("failed", Status::Code(code), 0, [0, 0], out);
-    });
-    frames.end(Status::Code(code));
-    frames.batch
-}
-
-/// Why the server ends a command.
-#[derive(Clone, Copy, PartialEq)]
-enum Ending {
-    Left,
-    Content,
-    Timeout,
-    Shutdown,
-}
-
-/// How a client is lost.
-#[derive(Clone, Copy)]
-enum Left {
-    Gone,
-    Stalled,
-}
-
 struct Run<'a> {
     child: Child,
-    client: &'a Client<'a>,
+    connection: &'a Connection,
     limits: &'a Limits,
-    frames: Frames,
+    stream: Stream,
     /// Read so far from stdout and from stderr.
     bytes: [u64; 2],
     started: Instant,
     /// When it last looked around.
     looked: Instant,
     /// When something was last written, or would have been: silence counts from here.
-    active: Instant,
+    written: Instant,
     /// When output was last taken and passed on.
     heard: Instant,
-    tick: Duration,
-    /// The client has finished sending, or is gone: a write will tell.
-    half_closed: bool,
-    left: Option<Left>,
-    ending: Option<Ending>,
-    /// The words of an `err` event that is due.
-    news: Option<&'static str>,
+    /// How the client was lost: `gone` or `stalled`.
+    lost: Option<&'static str>,
+    /// Why the server ends the command, if the word of `exit` tells; empty where it does not.
+    ending: Option<&'static str>,
     /// When the leader was seen to have exited.
     exited: Option<Instant>,
     /// When the group gets SIGKILL.
     kill_at: Option<Instant>,
-    /// When the readers are made to end.
+    /// When the readers are made to end, after SIGKILL.
     stop_at: Option<Instant>,
 }
 
 impl Run<'_> {
     /// Until both pipes have ended and the leader has exited.
     fn turn_until_over(&mut self) {
-        let mut pipes_open = true;
         let mut nap = Duration::from_micros(20);
-        while pipes_open || self.exited.is_none() {
-            if pipes_open {
-                match self.child.pieces.recv_timeout(self.patience()) {
-                    Ok(piece) => self.take_all(piece),
-                    Err(RecvTimeoutError::Timeout) => self.look(),
-                    Err(RecvTimeoutError::Disconnected) => pipes_open = false,
-                }
-            } else if self.child.exited() {
-                break;
-            } else {
+        loop {
+            let patience = self.patience();
+            match self.child.pieces.recv_timeout(patience) {
+                Ok((source, piece)) => self.pass_on(source, &piece),
+                Err(RecvTimeoutError::Timeout) => self.look(),
+                Err(RecvTimeoutError::Disconnected) if self.child.exited() => return,
                 // A leader exits right after its pipes have ended, or, having closed them, at any time.
-                let patience = self.patience();
-                thread::sleep(nap.min(patience));
-                if nap >= patience {
-                    self.look();
+                Err(RecvTimeoutError::Disconnected) => {
+                    thread::sleep(nap.min(patience));
+                    if nap >= patience {
+                        self.look();
+                    }
+                    nap = (nap * 2).min(TICK);
                 }
-                nap = (nap * 2).min(TICK);
-            }
-            if self.looked.elapsed() >= self.tick {
-                self.look();
-            }
-            if let Some(why) = self.news.take() {
-                self.frames.event(|encoder, out| encoder.error(why, out));
-            }
-            let silence = self.active.elapsed();
-            let probe = self.half_closed && silence >= TICK.min(self.tick);
-            if self.client.format.events
-                && self.frames.is_empty()
-                && (probe || silence >= self.limits.heartbeat)
-            {
-                self.frames.comment();
             }
             self.send();
+            if self.looked.elapsed() >= TICK {
+                self.look();
+            }
         }
     }
 
     /// The outcome, last of all.
-    fn finish(mut self) -> Ended {
+    fn finish(mut self) -> (bool, Option<Feed>) {
         let status = self.child.reap();
-        let how = match (self.ending, status) {
-            (Some(Ending::Timeout), _) => "timeout",
-            (Some(Ending::Shutdown), _) => "shutdown",
-            (_, Status::Code(_)) => "exited",
-            (_, Status::Signal(_)) => "killed",
+        let own_end = if status.code().is_some() {
+            "exited"
+        } else {
+            "killed"
         };
+        let how = self
+            .ending
+            .filter(|ending| !ending.is_empty())
+            .unwrap_or(own_end);
         let ms = self.started.elapsed().as_millis();
-        for source in [Source::Stdout, Source::Stderr] {
-            self.frames
-                .event(|encoder, out| encoder.end_of(source, out));
-        }
-        let news = self.news.take();
-        self.frames.event(|encoder, out| {
-            if let Some(why) = news {
-                encoder.error(why, out);
-            }
-            encoder.exit(how, status, ms, self.bytes, out);
-        });
-        self.frames.end(status);
+        self.stream.exit(how, status, ms, self.bytes);
         self.send();
-        let how = match self.left {
-            Some(Left::Gone) => "gone",
-            Some(Left::Stalled) => "stalled",
-            None => how,
+        let number = match status.code() {
+            Some(code) => format!("code={code}"),
+            None => format!("signal={}", status.signal().unwrap_or(0)),
         };
-        let line = Line::new("exit")
-            .value("peer", self.client.peer)
-            .value("pid", self.child.pid())
-            .value("out", how);
-        let line = match status {
-            Status::Code(code) => line.value("code", code),
-            Status::Signal(signal) => line.value("signal", signal),
+        let (how, [stdout, stderr]) = (self.lost.unwrap_or(how), self.bytes);
+        let bytes = format!("stdout_bytes={stdout} stderr_bytes={stderr}");
+        self.log("exit", format_args!("out={how} {number} ms={ms} {bytes}"));
+        let complete = self.lost.is_none();
+        let wait = if complete {
+            CONTENT_REST
+        } else {
+            Duration::ZERO
         };
-        let [stdout, stderr] = self.bytes;
-        line.value("ms", ms)
-            .value("stdout_bytes", stdout)
-            .value("stderr_bytes", stderr)
-            .write();
-        let complete = self.left.is_none();
-        Ended {
-            complete,
-            feed: self.child.end_feed(if complete {
-                CONTENT_REST
-            } else {
-                Duration::ZERO
-            }),
-        }
+        (complete, self.child.end_feed(wait))
     }
 
-    /// A piece, and those that are ready behind it, up to a batch: the loop has more to do than an endless output.
-    fn take_all(&mut self, first: Piece) {
-        let mut next = Some(first);
-        while let Some((source, piece)) = next {
+    /// Encodes a piece, and those that are ready behind it, up to a batch: the loop has more to do than an endless output.
+    fn pass_on(&mut self, mut source: Source, piece: &[u8]) {
+        let mut piece = std::borrow::Cow::from(piece);
+        loop {
             self.bytes[source as usize] += piece.len() as u64;
             if self.limits.verbose {
-                let line = Line::new(source.name())
-                    .value("peer", self.client.peer)
-                    .value("pid", self.child.pid());
-                line.text("out", &piece).write();
+                self.log(source.name(), format_args!("out={}", Quoted(&piece)));
             }
             let mut sent = false;
             for slice in piece.chunks(SLICE) {
-                self.frames.piece(source, slice);
-                if self.frames.batch.len() >= BATCH {
+                self.stream.piece(source, slice);
+                if self.stream.batch.len() >= BATCH {
                     self.send();
                     sent = true;
                 }
             }
-            next = if sent {
-                None
-            } else {
-                self.child.pieces.try_recv().ok()
-            };
+            match self.child.pieces.try_recv() {
+                Ok(next) if !sent => (source, piece) = (next.0, next.1.into()),
+                _ => break,
+            }
         }
         self.send();
         self.heard = Instant::now();
@@ -262,252 +181,122 @@ impl Run<'_> {
 
     /// How long there is nothing to do unless output comes.
     fn patience(&self) -> Duration {
-        let now = Instant::now();
-        let undisturbed = self.ending.is_none() && self.stop_at.is_none();
-        let exit_at = self
-            .exited
-            .filter(|_| undisturbed)
-            .map(|exited| self.end_of_leftovers(exited));
-        let timeout = self
-            .limits
-            .timeout
-            .filter(|_| undisturbed && self.exited.is_none());
-        let timeout_at = timeout.map(|timeout| self.started + timeout);
-        let heartbeat_at = self
-            .client
-            .format
-            .events
-            .then_some(self.active + self.limits.heartbeat);
-        let stop_at = self
-            .stop_at
-            .map(|at| at.max(now + Duration::from_millis(1)));
-        let events = [
-            Some(self.looked + self.tick),
-            exit_at,
+        let timeout_at = self.limits.timeout.map(|timeout| self.started + timeout);
+        let beat_at = Some(self.written + self.limits.heartbeat);
+        let times = [
+            Some(self.looked + TICK),
+            beat_at,
             timeout_at,
-            heartbeat_at,
             self.kill_at,
-            stop_at,
+            self.over_at(),
         ];
-        let next = events.into_iter().flatten().min().unwrap_or(now);
-        // A moment at least: what is due and stays due must not make the loop spin.
-        next.saturating_duration_since(now)
-            .max(Duration::from_micros(100))
+        let now = Instant::now();
+        // What is past, is done already, and readers are to be stopped again and again.
+        let due = times.into_iter().flatten().filter(|&at| at > now).min();
+        let patience = due.map_or(MOMENT, |at| at - now);
+        if self.stop_at.is_some() {
+            MOMENT
+        } else {
+            patience.max(MOMENT)
+        }
     }
 
     /// Looks at all that can end a command but its output.
     fn look(&mut self) {
         let now = Instant::now();
+        let due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
         self.looked = now;
-        self.tick = TICK;
-        if self.left.is_none() {
-            let state = sys::ready(self.client.socket, sys::POLLRDHUP);
-            let closed = state & sys::POLLRDHUP != 0;
-            if state & (sys::POLLERR | sys::POLLHUP) != 0 || (closed && !self.client.format.events)
-            {
-                self.leave(Left::Gone);
-            }
-            // The answer to the probe that follows is looked at soon.
-            if closed && !self.half_closed {
-                self.half_closed = true;
-                self.tick = TICK / 10;
+        if self.lost.is_none() {
+            let state = sys::ready(&self.connection.socket, sys::POLLRDHUP);
+            let half_closed = state & sys::POLLRDHUP != 0;
+            if state & sys::POLLGONE != 0 || (half_closed && !self.stream.format.events) {
+                self.lose("gone");
+            } else if half_closed || now - self.written >= self.limits.heartbeat {
+                // To one who is gone, a write fails: not this one, but the next look sees that it was answered with a reset.
+                self.stream.comment();
+                self.written = now;
             }
         }
         if self.exited.is_none() && self.child.exited() {
             self.exited = Some(now);
         }
         if sys::signals() > 0 {
-            self.end(Ending::Shutdown, Some("the server is shutting down"));
+            self.end("shutdown", "the server is shutting down");
+        } else if self.exited.is_none() && self.child.content_is_broken() {
+            self.end("", "the request's content is malformed or breaks off");
+        } else if self.exited.is_none()
+            && due(self.limits.timeout.map(|timeout| self.started + timeout))
+        {
+            self.end("timeout", "the command ran past --timeout");
         }
-        if self.exited.is_none() {
-            if self.child.content_is_broken() {
-                self.end(
-                    Ending::Content,
-                    Some("the request's content is malformed or breaks off"),
-                );
-            }
-            if self
-                .limits
-                .timeout
-                .is_some_and(|timeout| now >= self.started + timeout)
-            {
-                self.end(Ending::Timeout, Some("the command ran past --timeout"));
-            }
-        }
-        let impatient = sys::signals() > 1 || self.kill_at.is_some_and(|at| now >= at);
-        let over = self.ending.is_none()
-            && self
-                .exited
-                .is_some_and(|exited| now >= self.end_of_leftovers(exited));
-        if impatient || over {
+        if self.stop_at.is_none()
+            && (sys::signals() > 1 || due(self.kill_at) || due(self.over_at()))
+        {
             self.child.signal(sys::SIGKILL);
-            self.kill_at = None;
-            self.stop_at.get_or_insert(now + AFTER_KILL);
+            self.stop_at = Some(now + AFTER_KILL);
         }
-        if self.stop_at.is_some_and(|at| now >= at) {
+        if due(self.stop_at) {
             self.child.stop_readers();
         }
     }
 
-    /// Until when a command that has exited may have left something that still writes.
-    fn end_of_leftovers(&self, exited: Instant) -> Instant {
-        (exited.max(self.heard) + QUIET).min(exited + self.limits.grace)
+    /// Until when a command that has exited by itself may have left something that still writes.
+    fn over_at(&self) -> Option<Instant> {
+        let exited = self.exited.filter(|_| self.ending.is_none())?;
+        Some((exited.max(self.heard) + QUIET).min(exited + self.limits.grace))
     }
 
-    /// Asks the group to end. The first reason counts.
-    fn end(&mut self, ending: Ending, news: Option<&'static str>) {
-        if self.ending.is_some() {
-            return;
+    /// Asks the group to end, and tells the client why. The first reason counts.
+    fn end(&mut self, ending: &'static str, why: &str) {
+        if self.ending.is_none() {
+            self.ending = Some(ending);
+            self.child.signal(sys::SIGTERM);
+            // One that is stopped would not notice.
+            self.child.signal(sys::SIGCONT);
+            self.kill_at = Some(Instant::now() + self.limits.grace);
+            self.stream.error(why);
         }
-        self.ending = Some(ending);
-        self.news = news;
-        self.child.signal(sys::SIGTERM);
-        // One that is stopped would not notice.
-        self.child.signal(sys::SIGCONT);
-        self.kill_at = Some(Instant::now() + self.limits.grace);
     }
 
-    fn leave(&mut self, left: Left) {
-        self.left = Some(left);
-        self.end(Ending::Left, None);
+    fn lose(&mut self, how: &'static str) {
+        self.lost = Some(how);
+        self.end("", "");
     }
 
-    /// Writes what the frames hold. What is read for a client that is gone is discarded, so that the command can end.
+    /// Writes what the stream holds. For a client that is lost it is discarded, so that the command can end.
     fn send(&mut self) {
-        let batch = self.frames.take();
+        let batch = self.stream.take();
         let mut rest = &batch[..];
         let mut progress = Instant::now();
-        while !rest.is_empty() && self.left.is_none() {
-            match (&*self.client.socket).write(rest) {
+        while !rest.is_empty() && self.lost.is_none() {
+            match (&self.connection.socket).write(rest) {
                 Ok(length) => {
                     rest = &rest[length..];
                     progress = Instant::now();
+                    self.written = progress;
+                    continue;
                 }
                 Err(error)
                     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
                 // TCP_USER_TIMEOUT counts from what was last acknowledged, and may be the first to notice.
-                Err(error) if error.kind() == ErrorKind::TimedOut => self.leave(Left::Stalled),
-                Err(_) => self.leave(Left::Gone),
+                Err(error) if error.kind() == ErrorKind::TimedOut => self.lose("stalled"),
+                Err(_) => self.lose("gone"),
             }
-            if rest.is_empty() {
-                break;
-            }
-            if progress.elapsed() >= self.limits.stall || self.must_abandon() {
-                self.leave(Left::Stalled);
+            // It is the client that pauses, not the output.
+            self.heard = Instant::now();
+            let ends = sys::signals() > 1 || (sys::signals() > 0 && self.stop_at.is_some());
+            if self.lost.is_none() && (ends || progress.elapsed() >= self.limits.stall) {
+                self.lose("stalled");
             }
             if self.looked.elapsed() >= TICK {
-                // It is the client that pauses.
-                self.heard = Instant::now();
                 self.look();
             }
         }
-        if !batch.is_empty() {
-            self.active = Instant::now();
-        }
-        self.frames.give_back(batch);
+        self.stream.give_back(batch);
     }
 
-    /// Whether the server cannot wait any longer for a client that does not read.
-    fn must_abandon(&self) -> bool {
-        sys::signals() > 1
-            || (sys::signals() > 0 && self.stop_at.is_some_and(|at| Instant::now() >= at))
-    }
-}
-
-/// What goes to the client, framed: each batch is one chunk, or stands for itself where the connection's end is the end.
-struct Frames {
-    encoder: Encoder,
-    format: Format,
-    batch: Vec<u8>,
-    /// Where the open chunk begins.
-    chunk: Option<usize>,
-}
-
-/// A chunk's size is written last into a place kept for it (RFC 9112 section 7.1; leading zeros are allowed).
-const CHUNK_SIZE_PLACE: &[u8] = b"00000\r\n";
-
-impl Frames {
-    /// `head` goes out with the first batch.
-    fn new(format: Format, head: Vec<u8>) -> Frames {
-        Frames {
-            encoder: Encoder::default(),
-            format,
-            batch: head,
-            chunk: None,
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        self.batch.is_empty()
-    }
-
-    fn piece(&mut self, source: Source, bytes: &[u8]) {
-        if self.format.events {
-            self.event(|encoder, out| encoder.piece(source, bytes, out));
-        } else {
-            self.content().extend_from_slice(bytes);
-        }
-    }
-
-    /// Adds events to an event stream; plain text has none.
-    fn event(&mut self, encode: impl FnOnce(&mut Encoder, &mut Vec<u8>)) {
-        if self.format.events {
-            self.content();
-            encode(&mut self.encoder, &mut self.batch);
-        }
-    }
-
-    fn comment(&mut self) {
-        self.content().extend_from_slice(COMMENT);
-    }
-
-    /// The last chunk, with the outcome as a trailer field of plain text.
-    fn end(&mut self, status: Status) {
-        self.close_chunk();
-        if !self.format.chunked {
-            return;
-        }
-        let trailer = match status {
-            _ if self.format.events => String::new(),
-            Status::Code(code) => format!("Exit-Code: {code}\r\n"),
-            Status::Signal(signal) => format!("Exit-Signal: {signal}\r\n"),
-        };
-        self.batch
-            .extend_from_slice(format!("0\r\n{trailer}\r\n").as_bytes());
-    }
-
-    /// The buffer, at a place where content may stand.
-    fn content(&mut self) -> &mut Vec<u8> {
-        if self.format.chunked && self.chunk.is_none() {
-            self.chunk = Some(self.batch.len());
-            self.batch.extend_from_slice(CHUNK_SIZE_PLACE);
-        }
-        &mut self.batch
-    }
-
-    fn close_chunk(&mut self) {
-        let Some(start) = self.chunk.take() else {
-            return;
-        };
-        let content = start + CHUNK_SIZE_PLACE.len();
-        if self.batch.len() == content {
-            // A chunk without content would be the last one.
-            self.batch.truncate(start);
-            return;
-        }
-        let size = format!("{:05x}", self.batch.len() - content);
-        self.batch[start..start + size.len()].copy_from_slice(size.as_bytes());
-        self.batch.extend_from_slice(b"\r\n");
-    }
-
-    fn take(&mut self) -> Vec<u8> {
-        self.close_chunk();
-        std::mem::take(&mut self.batch)
-    }
-
-    /// Keeps the room of a batch that was sent.
-    fn give_back(&mut self, mut batch: Vec<u8>) {
-        batch.clear();
-        self.batch = batch;
+    fn log(&self, happening: &str, values: std::fmt::Arguments) {
+        let (peer, pid) = (&self.connection.peer, self.child.pid());
+        log::line(format_args!("{happening} peer={peer} pid={pid} {values}"));
     }
 }

@@ -1,15 +1,17 @@
 //! The accept loop, the connection cap, the shutdown, and the path of one connection.
 
-use crate::child::{Child, Failure, Feed, thread_builder};
+use crate::child::{Child, Feed, thread_builder};
 use crate::config::Config;
-use crate::listener::{Connection, Input, Listener};
-use crate::log::Line;
-use crate::request::{Content, Refusal, Request, form_value};
-use crate::response::{self, Answer, CONTINUE, Format, PAGE_METHODS, RUN_METHODS};
-use crate::run::{self, Client, TICK};
+use crate::listener::{Connection, Listener};
+use crate::log::{self, Quoted};
+use crate::output::{Format, Stream};
+use crate::policy::Order;
+use crate::request::{Incoming, Refusal, Request, form_value};
+use crate::response::{self, Answer, CONTINUE, PAGE_METHODS, RUN_METHODS, Reply};
+use crate::run::{self, TICK};
 use crate::sys;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{self, BufRead, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -23,7 +25,7 @@ const REQUEST_TIME: Duration = Duration::from_secs(10);
 const IDLE_TIME: Duration = Duration::from_secs(30);
 /// Content that nobody asked for is read up to here, so that the connection can go on.
 const MOST_SKIPPED: u64 = 1 << 20;
-const LARGEST_FORM: usize = 64 << 10;
+const LARGEST_FORM: u64 = 64 << 10;
 /// How long a client that was refused may go on sending before its connection is closed on it, and how long it may pause.
 const LINGER: Duration = Duration::from_secs(30);
 const LINGER_PAUSE: Duration = Duration::from_secs(2);
@@ -35,19 +37,14 @@ const AFTER_SECOND_SIGNAL: Duration = Duration::from_millis(400);
 /// Connections that wait to be turned away, and for their clients to have read so.
 const MOST_PARTING: usize = 256;
 
+const NO_PLACE: Refusal = Refusal::Busy("no place for another connection");
+
 struct Server {
     config: Config,
     /// Standard input of commands without content.
     null: File,
     /// Commands that are about to start, or have not ended.
     runs: AtomicUsize,
-}
-
-/// What a request that passed every check asks for.
-enum Wanted {
-    Page,
-    Options(&'static str),
-    Run(Vec<Vec<u8>>),
 }
 
 /// Serves until a signal ends the server, and every command has ended.
@@ -61,7 +58,7 @@ pub fn serve(listener: &Listener, config: Config) -> io::Result<()> {
     let (refused, to_refuse) = sync_channel(MOST_PARTING);
     thread_builder().spawn(move || turn_away(&to_refuse))?;
     accept_connections(&server, listener, &refused);
-    Line::new("shutdown").write();
+    log::line(format_args!("shutdown"));
     server.wait_for_runs();
     Ok(())
 }
@@ -85,8 +82,7 @@ fn accept_connections(
         reserve = reserve.or_else(spare);
         let connection = Arc::new(connection);
         if !server.converse_in_thread(connection.clone()) {
-            const WHY: &str = "no place for another connection";
-            log_refusal(&connection, "", &Refusal::Busy(WHY));
+            log_refusal(&connection, "", &NO_PLACE);
             // A flood that outruns the thread that turns away is cut off.
             let _ = refused.try_send(connection);
         }
@@ -95,10 +91,6 @@ fn accept_connections(
 
 /// Tells clients that there is no place for them, and keeps each connection until its client has read so, or long enough.
 fn turn_away(refused: &Receiver<Arc<Connection>>) {
-    let answer = Answer {
-        close: true,
-        ..Answer::default()
-    };
     let mut parting: Vec<(Instant, Arc<Connection>)> = Vec::new();
     loop {
         let patience = if parting.is_empty() {
@@ -108,9 +100,13 @@ fn turn_away(refused: &Receiver<Arc<Connection>>) {
         };
         match refused.recv_timeout(patience) {
             Ok(connection) => {
+                let answer = Answer {
+                    close: true,
+                    head_only: false,
+                    foreign_origin: None,
+                };
                 let _ = connection.socket.set_nonblocking(true);
-                let _ = (&connection.socket)
-                    .write(&answer.refusal(&Refusal::Busy("too many connections")));
+                let _ = (&connection.socket).write(&answer.render(&NO_PLACE.into()));
                 let _ = connection.socket.shutdown(Shutdown::Write);
                 parting.truncate(MOST_PARTING);
                 parting.push((Instant::now(), connection));
@@ -118,12 +114,12 @@ fn turn_away(refused: &Receiver<Arc<Connection>>) {
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
-        let is_open = |socket: &mut &TcpStream| match socket.read(&mut [0; 4096]) {
-            Ok(length) => length > 0,
-            Err(error) => error.kind() == ErrorKind::WouldBlock,
-        };
         parting.retain(|(since, connection)| {
-            since.elapsed() < LINGER_PAUSE && is_open(&mut &connection.socket)
+            let open = match (&connection.socket).read(&mut [0; 4096]) {
+                Ok(length) => length > 0,
+                Err(error) => error.kind() == ErrorKind::WouldBlock,
+            };
+            open && since.elapsed() < LINGER_PAUSE
         });
     }
 }
@@ -135,259 +131,160 @@ impl Server {
         let room = Arc::strong_count(self) <= self.config.max_connections;
         let server = self.clone();
         room && thread_builder()
-            .spawn(move || server.converse(&connection))
+            .spawn(move || server.converse(connection))
             .is_ok()
     }
 
     /// The requests of a connection, one after the other.
-    fn converse(&self, connection: &Arc<Connection>) {
-        let mut input = Connection::input(connection);
-        input.get_mut().deadline = Some(Instant::now() + REQUEST_TIME);
-        while let Some(mut next) = self.exchange(connection, input) {
-            next.get_mut().deadline = Some(Instant::now() + IDLE_TIME);
-            if next.fill_buf().map_or(true, <[u8]>::is_empty) {
+    fn converse(&self, connection: Arc<Connection>) {
+        let mut incoming = Incoming::new(Connection::input(&connection));
+        incoming.input.get_mut().allow(REQUEST_TIME);
+        while let Some(mut next) = self.exchange(&connection, incoming) {
+            next.input.get_mut().allow(IDLE_TIME);
+            if next.input.fill_buf().map_or(true, <[u8]>::is_empty) {
                 return;
             }
-            next.get_mut().deadline = Some(Instant::now() + REQUEST_TIME);
-            input = next;
+            next.input.get_mut().allow(REQUEST_TIME);
+            incoming = next;
         }
     }
 
-    /// A request and its answer. Gives the input back where another request may follow.
-    fn exchange(
-        &self,
-        connection: &Connection,
-        mut input: BufReader<Input>,
-    ) -> Option<BufReader<Input>> {
+    /// A request and its answer. Gives back what another request may follow in.
+    fn exchange(&self, connection: &Connection, incoming: Feed) -> Option<Feed> {
         let mut request = Request::default();
-        match self.check(connection, &mut request, &mut input) {
-            Err(Refusal::Gone) => None,
-            Err(refusal) => self.refuse(connection, request, Some(input), &refusal),
-            Ok(Wanted::Page) => self.reply(connection, request, Some(input), false, |answer| {
-                answer.page()
-            }),
-            Ok(Wanted::Options(methods)) => {
-                self.reply(connection, request, Some(input), false, |answer| {
-                    answer.options(methods)
-                })
+        let mut incoming = Some(incoming);
+        let checked = self.check(connection, &mut request, incoming.as_mut()?);
+        let done = checked.and_then(|order| self.run(connection, &request, &order, &mut incoming));
+        let mut close = request.wants_close() || sys::signals() > 0;
+        if let Err(reply) = done {
+            // Whether a client that was not told to go on sends its content all the same cannot be known.
+            let ignored = |feed: &Feed| feed.awaits_continue || feed.known_length() > MOST_SKIPPED;
+            close |= reply.breaks_framing() || incoming.as_ref().is_none_or(ignored);
+            match &reply {
+                Reply::Refusal(Refusal::Gone) => return None,
+                Reply::Refusal(refusal) => log_refusal(connection, &request.target, refusal),
+                _ => {}
             }
-            Ok(Wanted::Run(words)) => self.run(connection, request, input, &words),
+            let answer = self.answer(&request, close).render(&reply);
+            self.write(connection, &answer).ok()?;
         }
+        let goes_on = incoming.filter(|_| !close).and_then(skip_content);
+        if goes_on.is_none() {
+            linger(&connection.socket);
+        }
+        goes_on
     }
 
-    /// Reads a request and checks it, in the order in which refusals take precedence.
+    /// Reads a request and checks it, in the order in which refusals take precedence. What asks for no command is answered at once.
     fn check(
         &self,
         connection: &Connection,
         request: &mut Request,
-        input: &mut BufReader<Input>,
-    ) -> Result<Wanted, Refusal> {
+        incoming: &mut Feed,
+    ) -> Result<Order, Reply> {
         let policy = &self.config.policy;
-        request.read(input)?;
-        request.expectation()?;
+        incoming.read_head(request)?;
+        if incoming.begins_malformed(incoming.input.buffer()) {
+            return Err(Refusal::Malformed("malformed chunk").into());
+        }
         policy.host(request, connection.local)?;
         let (path, method) = (request.path.as_str(), request.method.as_str());
-        let reads_page = path == "/" && matches!(method, "GET" | "HEAD");
-        if !reads_page {
+        if path != "/" || !matches!(method, "GET" | "HEAD") {
             policy.browser(request)?;
         }
         let methods = match path {
             "/" => PAGE_METHODS,
             "/run" | "*" => RUN_METHODS,
-            _ => return Err(Refusal::NoSuchPath),
+            _ => return Err(Refusal::NoSuchPath.into()),
         };
         match (path, method) {
-            (_, "OPTIONS") => return Ok(Wanted::Options(methods)),
-            ("/", "GET" | "HEAD") => return Ok(Wanted::Page),
+            (_, "OPTIONS") => return Err(Reply::Options(methods)),
+            ("/", "GET" | "HEAD") => return Err(Reply::Page),
             ("/run", "GET" | "HEAD" | "POST") => {}
-            (_, "GET" | "HEAD" | "POST") => return Err(Refusal::Method(methods)),
-            _ => return Err(Refusal::UnknownMethod),
+            (_, "GET" | "HEAD" | "POST") => return Err(Refusal::Method(methods).into()),
+            _ => return Err(Refusal::UnknownMethod.into()),
         }
         policy.token(request)?;
-        if request.field("last-event-id").is_some() {
-            return Err(Refusal::Repeated);
+        if !request.all("last-event-id").is_empty() {
+            return Err(Refusal::Repeated.into());
         }
-        let query = request.query.clone().unwrap_or_default().into_bytes();
-        let in_content = request.method == "POST" && form_value(&query, "command")?.is_none();
-        let form = if in_content {
-            self.read_form(connection, request, input)?
-        } else {
-            query
+        let query = request.query.as_bytes();
+        let in_content = method == "POST" && form_value(query, b"command")?.is_none();
+        let order = match in_content {
+            true => policy.command(&self.read_form(connection, incoming)?)?,
+            false => policy.command(query)?,
         };
-        policy.command(&form).map(Wanted::Run)
+        if method == "HEAD" {
+            Err(Reply::Head(format_for(request)))
+        } else {
+            Ok(order)
+        }
     }
 
     /// Content that is a form.
-    fn read_form(
-        &self,
-        connection: &Connection,
-        request: &mut Request,
-        input: &mut BufReader<Input>,
-    ) -> Result<Vec<u8>, Refusal> {
-        let content = &mut request.content;
-        if content
-            .known_length()
-            .is_some_and(|length| length > LARGEST_FORM as u64)
-        {
-            return Err(Refusal::FormTooLarge);
-        }
-        if std::mem::take(&mut request.awaits_continue) && !self.write(connection, CONTINUE) {
-            return Err(Refusal::Gone);
-        }
-        input.get_mut().deadline = Some(Instant::now() + REQUEST_TIME);
+    fn read_form(&self, connection: &Connection, incoming: &mut Feed) -> Result<Vec<u8>, Refusal> {
         let mut form = Vec::new();
-        loop {
-            let piece = content.next(input)?;
+        if incoming.known_length() <= LARGEST_FORM && std::mem::take(&mut incoming.awaits_continue)
+        {
+            self.write(connection, CONTINUE)
+                .map_err(|_| Refusal::Gone)?;
+        }
+        incoming.input.get_mut().allow(REQUEST_TIME);
+        while form.len() as u64 + incoming.known_length() <= LARGEST_FORM {
+            let piece = incoming.piece()?;
             if piece.is_empty() {
                 return Ok(form);
             }
-            let length = piece.len();
             form.extend_from_slice(piece);
-            content.take(input, length);
-            if form.len() > LARGEST_FORM {
-                return Err(Refusal::FormTooLarge);
-            }
+            let length = piece.len();
+            incoming.take(length);
         }
+        Err(Refusal::FormTooLarge)
     }
 
-    /// Runs a command and streams it.
+    /// Runs a command and streams it. Content, if there is any, is its standard input.
     fn run(
         &self,
         connection: &Connection,
-        mut request: Request,
-        input: BufReader<Input>,
-        words: &[Vec<u8>],
-    ) -> Option<BufReader<Input>> {
-        let format = Format {
-            events: wants_events(&request),
-            chunked: request.minor > 0,
-        };
-        if request.method == "HEAD" {
-            return self.reply(connection, request, Some(input), false, |answer| {
-                answer.stream(format)
-            });
-        }
-        if request.content.begins_malformed(input.buffer()) {
-            return self.refuse(
-                connection,
-                request,
-                Some(input),
-                &Refusal::Malformed("malformed chunk"),
-            );
-        }
+        request: &Request,
+        order: &Order,
+        incoming: &mut Option<Feed>,
+    ) -> Result<(), Reply> {
         // Counted before the signals are looked at: a server that ends sees the count, or this sees that it ends.
         let _counted = Counted::new(&self.runs);
         if sys::signals() > 0 {
-            return self.refuse(
-                connection,
-                request,
-                Some(input),
-                &Refusal::Busy("the server is shutting down"),
-            );
+            return Err(Refusal::Busy("the server is shutting down").into());
         }
-        let mut kept = Some(input);
-        let feed = if request.method == "POST" && !request.content.is_at_end() {
-            let content = std::mem::take(&mut request.content);
-            kept.take().map(|input| Feed { input, content })
-        } else {
-            None
-        };
-        let child = match Child::start(words, &self.null, feed) {
-            Ok(child) => child,
-            Err((failure, feed)) => {
-                if let Some(feed) = feed {
-                    (kept, request.content) = (Some(feed.input), feed.content);
-                }
-                return self.report_failure(connection, request, kept, failure, format);
-            }
-        };
-        let line = Line::new("run")
-            .value("peer", &connection.peer)
-            .value("pid", child.pid());
-        line.text("command", &words.join(&b' ')).write();
-        let close = request.wants_close();
-        let mut head = if request.awaits_continue {
+        let format = format_for(request);
+        let fed = |feed: &Feed| request.method == "POST" && !feed.is_at_end();
+        let awaits_continue = incoming.as_ref().is_some_and(|feed| feed.awaits_continue);
+        let mut feed = incoming.take_if(|feed| fed(feed));
+        let child = Child::start(&order.words, &self.null, &mut feed);
+        *incoming = feed.or(incoming.take());
+        let child = child.map_err(|refusal| failure(connection, refusal, format))?;
+        let (peer, pid) = (&connection.peer, child.pid());
+        log::line(format_args!(
+            "run peer={peer} pid={pid} command={}",
+            Quoted(&order.line)
+        ));
+        let mut head = if awaits_continue {
             CONTINUE.to_vec()
         } else {
             Vec::new()
         };
-        head.extend(self.answer(&request, close).stream(format));
-        let client = Client {
-            socket: &connection.socket,
-            peer: &connection.peer,
-            format,
-        };
-        let ended = run::stream(child, &client, &self.config.limits, head);
-        if !ended.complete {
-            return None;
-        }
-        if let Some(feed) = ended.feed {
-            (kept, request.content) = (Some(feed.input), feed.content);
-        }
-        leave_or_go_on(connection, &mut request, kept, close)
-    }
-
-    /// A command that could not be started: a refusal, or an event stream that says so.
-    fn report_failure(
-        &self,
-        connection: &Connection,
-        request: Request,
-        input: Option<BufReader<Input>>,
-        failure: Failure,
-        format: Format,
-    ) -> Option<BufReader<Input>> {
-        let (code, why) = match &failure {
-            Failure::NoProgram(why) if format.events => (127, why),
-            Failure::CannotRun(why) if format.events => (126, why),
-            _ => return self.refuse(connection, request, input, &failure.into()),
-        };
-        let line = Line::new("exit")
-            .value("peer", &connection.peer)
-            .value("out", "failed")
-            .value("code", code);
-        line.text("why", why.as_bytes()).write();
-        self.reply(connection, request, input, false, |answer| {
-            run::failed_stream(code, why, format, answer.stream(format))
-        })
-    }
-
-    fn refuse(
-        &self,
-        connection: &Connection,
-        request: Request,
-        input: Option<BufReader<Input>>,
-        refusal: &Refusal,
-    ) -> Option<BufReader<Input>> {
-        log_refusal(connection, &request.target, refusal);
-        self.reply(
+        head.extend(self.answer(request, request.wants_close()).stream(format));
+        let (complete, feed) = run::run(
+            child,
             connection,
-            request,
-            input,
-            refusal.breaks_framing(),
-            |answer| answer.refusal(refusal),
-        )
-    }
-
-    /// Answers without having read the request's content.
-    fn reply(
-        &self,
-        connection: &Connection,
-        mut request: Request,
-        input: Option<BufReader<Input>>,
-        framing_is_lost: bool,
-        write: impl FnOnce(&Answer) -> Vec<u8>,
-    ) -> Option<BufReader<Input>> {
-        let too_much = request
-            .content
-            .known_length()
-            .is_some_and(|length| length > MOST_SKIPPED);
-        // Whether a client that was not told to go on sends its content all the same cannot be known.
-        let close = framing_is_lost || too_much || request.awaits_continue || request.wants_close();
-        let answer = self.answer(&request, close);
-        if !self.write(connection, &write(&answer)) {
-            return None;
+            &self.config.limits,
+            Stream::new(format, head),
+        );
+        *incoming = incoming.take().or(feed);
+        if complete {
+            Ok(())
+        } else {
+            Err(Refusal::Gone.into())
         }
-        leave_or_go_on(connection, &mut request, input, close)
     }
 
     fn answer<'a>(&self, request: &'a Request, close: bool) -> Answer<'a> {
@@ -400,22 +297,18 @@ impl Server {
     }
 
     /// Writes an answer whole, unless the client is gone or does not read.
-    fn write(&self, connection: &Connection, mut bytes: &[u8]) -> bool {
+    fn write(&self, connection: &Connection, mut bytes: &[u8]) -> io::Result<()> {
         let deadline = Instant::now() + self.config.limits.stall;
         while !bytes.is_empty() {
             match (&connection.socket).write(bytes) {
                 Ok(length) => bytes = &bytes[length..],
                 Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
-                {
-                    if Instant::now() >= deadline {
-                        return false;
-                    }
-                }
-                Err(_) => return false,
+                    if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
             }
         }
-        true
+        Ok(())
     }
 
     /// Waits for the commands to end, which they do by themselves once a signal has come.
@@ -430,35 +323,43 @@ impl Server {
     }
 }
 
-/// Goes on to the next request past what is left of this one, or takes leave of the client.
-fn leave_or_go_on(
-    connection: &Connection,
-    request: &mut Request,
-    input: Option<BufReader<Input>>,
-    close: bool,
-) -> Option<BufReader<Input>> {
-    if let Some(mut input) = input.filter(|_| !close && sys::signals() == 0) {
-        input.get_mut().deadline = Some(Instant::now() + REQUEST_TIME);
-        if skip(&mut request.content, &mut input) {
-            return Some(input);
-        }
+/// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
+fn format_for(request: &Request) -> Format {
+    let plain =
+        request.lists("accept", "text/plain") && !request.lists("accept", "text/event-stream");
+    Format {
+        events: !plain,
+        chunked: request.minor > 0,
     }
-    linger(&connection.socket);
-    None
 }
 
-/// Reads what is left of a request's content, if that is not too much.
-fn skip(content: &mut Content, input: &mut BufReader<Input>) -> bool {
+/// A command that could not be started is an event stream that says so, where no status can.
+fn failure(connection: &Connection, refusal: Refusal, format: Format) -> Reply {
+    let (code, why) = match refusal {
+        Refusal::NoProgram(why) if format.events => (127, why),
+        Refusal::CannotRun(why) if format.events => (126, why),
+        other => return other.into(),
+    };
+    let (peer, quoted) = (&connection.peer, Quoted(why.as_bytes()));
+    log::line(format_args!(
+        "exit peer={peer} out=failed code={code} why={quoted}"
+    ));
+    Reply::Failed(format, code, why)
+}
+
+/// Reads what is left of a request's content, if that is not too much: the next request comes after it.
+fn skip_content(mut incoming: Feed) -> Option<Feed> {
+    incoming.input.get_mut().allow(REQUEST_TIME);
     let mut skipped = 0;
     while skipped <= MOST_SKIPPED {
-        match content.next(input).map(<[u8]>::len) {
-            Ok(0) => return true,
-            Ok(length) => content.take(input, length),
-            Err(_) => return false,
+        let length = incoming.piece().ok()?.len();
+        if length == 0 {
+            return Some(incoming);
         }
-        skipped += input.capacity() as u64;
+        incoming.take(length);
+        skipped += length as u64;
     }
-    false
+    None
 }
 
 /// Says that nothing more comes, and reads what still does: closing a socket with unread input would send a reset, which can eat
@@ -470,19 +371,13 @@ fn linger(mut socket: &TcpStream) {
     while Instant::now() < deadline && socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {}
 }
 
-/// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
-fn wants_events(request: &Request) -> bool {
-    request.lists("accept", "text/event-stream") || !request.lists("accept", "text/plain")
-}
-
 fn log_refusal(connection: &Connection, target: &str, refusal: &Refusal) {
     let (status, why) = response::explain(refusal);
-    let line = Line::new("refuse")
-        .value("peer", &connection.peer)
-        .value("status", &status[..3]);
-    line.text("target", target.as_bytes())
-        .text("why", why.as_bytes())
-        .write();
+    let (peer, code) = (&connection.peer, &status[..3]);
+    let (target, why) = (Quoted(target.as_bytes()), Quoted(why.as_bytes()));
+    log::line(format_args!(
+        "refuse peer={peer} status={code} target={target} why={why}"
+    ));
 }
 
 /// Adds one to a counter for as long as it lives, however its owner ends.

@@ -12,24 +12,17 @@ use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-#[cfg(not(all(
-    target_os = "linux",
-    any(
-        target_arch = "x86",
-        target_arch = "x86_64",
-        target_arch = "arm",
-        target_arch = "aarch64",
-        target_arch = "riscv32",
-        target_arch = "riscv64",
-        target_arch = "powerpc",
-        target_arch = "powerpc64",
-        target_arch = "s390x",
-        target_arch = "loongarch64"
-    )
-)))]
-compile_error!(
-    "the constants in sys.rs are those of Linux on x86, ARM, RISC-V, PowerPC, s390x and LoongArch"
-);
+#[cfg(any(
+    target_arch = "mips",
+    target_arch = "mips64",
+    target_arch = "mips32r6",
+    target_arch = "mips64r6"
+))]
+compile_error!("Linux on MIPS numbers signals and socket options in its own way");
+#[cfg(any(target_arch = "sparc", target_arch = "sparc64"))]
+compile_error!("Linux on SPARC numbers signals and poll's events in its own way");
+#[cfg(not(target_os = "linux"))]
+compile_error!("process groups, pipes and sockets are used here as Linux has them");
 
 pub const SIGHUP: c_int = 1;
 pub const SIGINT: c_int = 2;
@@ -38,17 +31,14 @@ pub const SIGTERM: c_int = 15;
 pub const SIGCONT: c_int = 18;
 
 pub const POLLIN: c_short = 0x1;
-pub const POLLERR: c_short = 0x8;
-pub const POLLHUP: c_short = 0x10;
+/// POLLERR and POLLHUP: nothing can be sent any more.
+pub const POLLGONE: c_short = 0x18;
 pub const POLLRDHUP: c_short = 0x2000;
 
-pub const EAGAIN: c_int = 11;
-pub const ENOMEM: c_int = 12;
-pub const ENOENT: c_int = 2;
-pub const ENOTDIR: c_int = 20;
-pub const ENFILE: c_int = 23;
-pub const EMFILE: c_int = 24;
-pub const ENAMETOOLONG: c_int = 36;
+/// EAGAIN, ENOMEM, ENFILE and EMFILE: nothing is wrong with what was asked for, but there is no room for it now.
+pub const EXHAUSTED: [c_int; 4] = [11, 12, 23, 24];
+/// ENOENT, ENOTDIR and ENAMETOOLONG.
+pub const NOT_FOUND: [c_int; 3] = [2, 20, 36];
 
 const SIGPIPE: c_int = 13;
 const SIGURG: c_int = 23;

@@ -57,13 +57,23 @@ fn unescape(data: &str) -> String {
     text
 }
 
+fn stream() -> Stream {
+    Stream::new(
+        Format {
+            events: true,
+            chunked: false,
+        },
+        Vec::new(),
+    )
+}
+
 fn decoded(pieces: &[&[u8]]) -> String {
-    let (mut encoder, mut out) = (Encoder::default(), Vec::new());
+    let mut stream = stream();
     for piece in pieces {
-        encoder.piece(Source::Stdout, piece, &mut out);
+        stream.piece(Source::Stdout, piece);
     }
-    encoder.end_of(Source::Stdout, &mut out);
-    events(&out)
+    stream.end_of(Source::Stdout);
+    events(&stream.batch)
         .iter()
         .map(|(_, data)| unescape(data))
         .inspect(|text| assert!(!text.is_empty()))
@@ -72,17 +82,17 @@ fn decoded(pieces: &[&[u8]]) -> String {
 
 #[test]
 fn the_contract_s_example() {
-    let (mut encoder, mut out) = (Encoder::default(), Vec::new());
-    encoder.start(4711, &mut out);
-    encoder.piece(Source::Stdout, b"total 12\n", &mut out);
+    let mut stream = stream();
+    stream.start(4711);
+    stream.piece(Source::Stdout, b"total 12\n");
     encoder.piece(
         Source::Stderr,
         b"ls: x: No such file or directory\n",
         &mut out,
     );
-    encoder.error("a \"word\"", &mut out);
-    encoder.exit("exited", Status::Code(2), 6, [9, 33], &mut out);
-    encoder.exit("killed", Status::Signal(9), 7, [0, 0], &mut out);
+    stream.error("a \"word\"");
+    stream.exit("exited", ExitStatus::from_raw(2 << 8), 6, [9, 33]);
+    stream.exit("killed", ExitStatus::from_raw(9), 7, [0, 0]);
     let expected = [
         ("start", r#"{"type":"start","pid":4711}"#),
         ("stdout", r#"{"type":"stdout","out":"total 12\n"}"#),
@@ -101,7 +111,7 @@ fn the_contract_s_example() {
         ),
     ];
     let expected = expected.map(|(event, data)| (event.to_string(), data.to_string()));
-    assert_eq!(events(&out), expected);
+    assert_eq!(events(&stream.batch), expected);
 }
 
 /// The counts of U+FFFD are those of browsers (Unicode 3.9, table 3-8 to 3-11, and the WHATWG decoder's tests).
@@ -156,18 +166,18 @@ fn a_text_split_anywhere_decodes_the_same() {
 
 #[test]
 fn stdout_and_stderr_carry_apart() {
-    let (mut encoder, mut out) = (Encoder::default(), Vec::new());
-    encoder.piece(Source::Stdout, b"\xe2\x82", &mut out);
-    encoder.piece(Source::Stderr, b"\xc3", &mut out);
-    assert!(out.is_empty());
-    encoder.piece(Source::Stdout, b"\xac", &mut out);
-    encoder.piece(Source::Stderr, b"\xa9", &mut out);
+    let mut stream = stream();
+    stream.piece(Source::Stdout, b"\xe2\x82");
+    stream.piece(Source::Stderr, b"\xc3");
+    assert!(stream.batch.is_empty());
+    stream.piece(Source::Stdout, b"\xac");
+    stream.piece(Source::Stderr, b"\xa9");
     let expected = [
         ("stdout", r#"{"type":"stdout","out":"€"}"#),
         ("stderr", r#"{"type":"stderr","out":"é"}"#),
     ];
     assert_eq!(
-        events(&out),
+        events(&stream.batch),
         expected.map(|(event, data)| (event.to_string(), data.to_string()))
     );
 }
