@@ -4,46 +4,41 @@
 //! drain, signal, reap. Reader threads block in `read`, the cheapest way to wait, and are woken by a signal where something outside
 //! the group keeps a pipe open; a `poll` before each read would cost a call per piece of output.
 
-use crate::listener::Input;
-use crate::output::Source;
-use crate::request::{Incoming, Refusal};
-use crate::sys;
-use std::ffi::OsStr;
-use std::fs::File;
-use std::io::{self, BufReader, ErrorKind, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::process::CommandExt;
-use std::path::Path;
+use crate::output::{Format, Source};
+use crate::request::{Answer, Request, Result};
+use crate::{listener::Input, sys};
+use std::io::{self, ErrorKind, prelude::*};
+use std::os::unix::{prelude::*, process::CommandExt};
 use std::process::{self, Command, ExitStatus};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use std::{ffi::OsStr, fs::File, path::Path, sync::Arc};
 
 /// Of every thread. Buffers are on the heap; a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
 /// A silent stream must cost little, a loud one few calls: buffers grow as long as reads fill them.
 const FIRST_BUFFER: usize = 4 << 10;
-const LARGEST_BUFFER: usize = 64 << 10;
+const LARGEST_BUFFER: usize = 32 << 10;
 /// Pieces that wait to be taken. More would be memory, not speed.
 const QUEUE: usize = 2;
 /// The most that a pipe holds unless root says otherwise (pipe(7)). What an escaped process goes on writing is not waited for.
 const MOST_IN_PIPE: usize = 1 << 20;
 
-/// A request's content, on its way to a command's standard input.
-pub type Feed = Incoming<BufReader<Input>>;
+/// A request, the rest of whose content may be a command's standard input.
+pub type Feed = Request<io::BufReader<Input>>;
 
-type Pieces = SyncSender<(Source, Vec<u8>)>;
+/// A piece of output, as it was read.
+pub type Piece = (Source, Vec<u8>);
 
 /// A started command. It is killed with its group, and reaped, on every way out.
 pub struct Child {
     process: process::Child,
     status: Option<ExitStatus>,
-    readers: [JoinHandle<()>; 2],
-    /// What was read; disconnected when both pipes have ended.
-    pub pieces: Receiver<(Source, Vec<u8>)>,
+    readers: Vec<JoinHandle<()>>,
+    /// Disconnected when both pipes have ended.
+    pub pieces: Receiver<Piece>,
     /// Tells the readers to take what is there and end.
     stop: Arc<AtomicBool>,
     feeder: Option<Feeder>,
@@ -64,36 +59,39 @@ impl Child {
         words: &[Vec<u8>],
         null: &File,
         feed: &mut Option<Feed>,
-    ) -> Result<Child, Refusal> {
-        let exhausted = |_| Refusal::Busy("out of threads or descriptors");
+        format: Format,
+    ) -> Result<Child> {
+        let exhausted = |_| Answer::Busy("out of threads or descriptors");
         let (sender, pieces) = sync_channel(QUEUE);
         let stop = Arc::default();
-        let (out, stdout) =
-            start_reader(Source::Stdout, &stop, sender.clone()).map_err(exhausted)?;
-        let (err, stderr) = start_reader(Source::Stderr, &stop, sender).map_err(exhausted)?;
+        let (mut readers, mut ends) = (Vec::new(), Vec::new());
+        for source in [Source::Stdout, Source::Stderr] {
+            let (pipe, end) = sys::pipe().map_err(exhausted)?;
+            let (stop, sender) = (Arc::clone(&stop), sender.clone());
+            let read = move || read_pipe(source, pipe.into(), &stop, &sender);
+            readers.push(thread_builder().spawn(read).map_err(exhausted)?);
+            ends.push(end);
+        }
+        drop(sender);
         let (feeder, stdin) = match feed {
             None => (None, null.try_clone().map_err(exhausted)?.into()),
             Some(feed) => Feeder::start(feed).map_err(exhausted)?,
         };
         let program = OsStr::from_bytes(&words[0]);
-        let arguments = words[1..].iter().map(|word| OsStr::from_bytes(word));
         let mut command = Command::new(program);
-        command
-            .args(arguments)
-            .process_group(0)
-            .stdin(stdin)
-            .stdout(stdout)
-            .stderr(stderr);
-        let process = command
-            .spawn()
-            .map_err(|error| why_not_started(&error, program))?;
+        command.args(words[1..].iter().map(|word| OsStr::from_bytes(word)));
+        command.process_group(0).stdin(stdin);
+        ends.pop().map(|stderr| command.stderr(stderr));
+        ends.pop().map(|stdout| command.stdout(stdout));
+        let spawned = command.spawn();
+        let process = spawned.map_err(|error| why_not_started(&error, program, format))?;
         if let Some((feeder, feed)) = feeder.as_ref().zip(feed.take()) {
             let _ = feeder.hand_over.send(feed);
         }
         Ok(Child {
             process,
             status: None,
-            readers: [out, err],
+            readers,
             pieces,
             stop,
             feeder,
@@ -120,22 +118,20 @@ impl Child {
     /// Kills what is left of the group, and reaps the leader.
     pub fn reap(&mut self) -> ExitStatus {
         self.signal(sys::SIGKILL);
-        *self
-            .status
-            .get_or_insert(self.process.wait().unwrap_or_default())
+        let waited = self.process.wait();
+        *self.status.insert(waited.unwrap_or_default())
     }
 
     /// Makes the readers end, though somebody keeps the pipes open. To be called until the channel is disconnected.
     pub fn stop_readers(&self) {
-        self.stop.store(true, Ordering::SeqCst);
+        self.stop.store(true, SeqCst);
         self.readers.iter().for_each(sys::interrupt);
     }
 
     /// Whether the content that it is fed turned out malformed, or broke off.
     pub fn content_is_broken(&self) -> bool {
-        self.feeder
-            .as_ref()
-            .is_some_and(|feeder| feeder.broken.load(Ordering::SeqCst))
+        let feeder = self.feeder.as_ref();
+        feeder.is_some_and(|feeder| feeder.broken.load(SeqCst))
     }
 
     /// Gets the connection's input back, after waiting up to `wait` for the content's end.
@@ -144,7 +140,7 @@ impl Child {
         let deadline = Instant::now() + wait;
         while !feeder.thread.is_finished() {
             if Instant::now() >= deadline {
-                feeder.interrupted.store(true, Ordering::SeqCst);
+                feeder.interrupted.store(true, SeqCst);
                 sys::interrupt(&feeder.thread);
             }
             thread::sleep(Duration::from_micros(200));
@@ -170,18 +166,16 @@ impl Feeder {
         let thread = thread_builder().spawn(move || {
             let mut feed = handed.recv().ok()?;
             let result = write_content(&mut feed, pipe.into());
-            breaks.store(result.is_err(), Ordering::SeqCst);
+            breaks.store(result.is_err(), SeqCst);
             Some(feed)
         })?;
-        Ok((
-            Some(Feeder {
-                thread,
-                hand_over,
-                interrupted,
-                broken,
-            }),
-            end,
-        ))
+        let feeder = Feeder {
+            thread,
+            hand_over,
+            interrupted,
+            broken,
+        };
+        Ok((Some(feeder), end))
     }
 }
 
@@ -189,36 +183,22 @@ pub fn thread_builder() -> thread::Builder {
     thread::Builder::new().stack_size(STACK)
 }
 
-fn why_not_started(error: &io::Error, program: &OsStr) -> Refusal {
+fn why_not_started(error: &io::Error, program: &OsStr, format: Format) -> Answer {
     let why = format!("cannot run {}: {error}", program.to_string_lossy());
     let number = error.raw_os_error().unwrap_or(0);
     // A script whose interpreter is missing is there, but cannot be run.
     let is_there = program.as_bytes().contains(&b'/') && Path::new(program).exists();
-    if sys::EXHAUSTED.contains(&number) {
-        Refusal::Busy("out of processes or descriptors")
-    } else if sys::NOT_FOUND.contains(&number) && !is_there {
-        Refusal::NoProgram(why)
-    } else {
-        Refusal::CannotRun(why)
+    match number {
+        _ if sys::EXHAUSTED.contains(&number) => Answer::Busy("out of processes or descriptors"),
+        _ if sys::NOT_FOUND.contains(&number) && !is_there => Answer::NoProgram(format, why),
+        _ => Answer::CannotRun(format, why),
     }
 }
 
-/// A thread that reads a new pipe, and the pipe's other end.
-fn start_reader(
-    source: Source,
-    stop: &Arc<AtomicBool>,
-    pieces: Pieces,
-) -> io::Result<(JoinHandle<()>, OwnedFd)> {
-    let (pipe, end) = sys::pipe()?;
-    let stop = stop.clone();
-    let thread = thread_builder().spawn(move || read_pipe(source, pipe.into(), &stop, &pieces))?;
-    Ok((thread, end))
-}
-
-fn read_pipe(source: Source, mut pipe: File, stop: &AtomicBool, pieces: &Pieces) {
+fn read_pipe(source: Source, mut pipe: File, stop: &AtomicBool, pieces: &SyncSender<Piece>) {
     let (mut size, mut after_stop) = (FIRST_BUFFER, 0);
     while after_stop < MOST_IN_PIPE {
-        let stopping = stop.load(Ordering::SeqCst);
+        let stopping = stop.load(SeqCst);
         if stopping && sys::ready(&pipe, sys::POLLIN) & sys::POLLIN == 0 {
             return;
         }
@@ -240,25 +220,23 @@ fn read_pipe(source: Source, mut pipe: File, stop: &AtomicBool, pieces: &Pieces)
 
 /// Writes content to a command as it comes. What a command that has closed its input does not want is read all the same, up to its end,
 /// since the next request comes after it.
-fn write_content(feed: &mut Feed, pipe: File) -> Result<(), Refusal> {
+fn write_content(feed: &mut Feed, pipe: File) -> Result<()> {
     let mut pipe = Some(pipe);
     loop {
         let piece = feed.piece()?;
         if piece.is_empty() {
             return Ok(());
         }
-        let written = match pipe.as_mut().map(|pipe| pipe.write(piece)) {
-            None => piece.len(),
-            Some(Ok(length)) => length,
-            Some(Err(error)) if error.kind() == ErrorKind::Interrupted => 0,
-            Some(Err(_)) => {
-                pipe = None;
-                0
-            }
-        };
-        feed.take(written);
-        if feed.input.get_ref().interrupted.load(Ordering::SeqCst) {
-            return Err(Refusal::Gone);
+        let mut taken = piece.len();
+        match pipe.as_mut().map(|pipe| pipe.write(piece)) {
+            None => {}
+            Some(Ok(length)) => taken = length,
+            Some(Err(error)) if error.kind() == ErrorKind::Interrupted => taken = 0,
+            Some(Err(_)) => pipe = None,
+        }
+        feed.take(taken);
+        if feed.input.get_ref().interrupted.load(SeqCst) {
+            return Err(Answer::Gone);
         }
     }
 }

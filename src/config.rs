@@ -1,14 +1,7 @@
 //! The command line and the environment, as a `Config`; the usage text.
 
-use crate::listener::Address;
-use crate::policy::Policy;
-use crate::run::Limits;
-use crate::words;
-use std::ffi::OsString;
-use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::time::Duration;
+use crate::{listener::Address, policy::Policy, run::Limits, words};
+use std::{fs, net::Ipv4Addr, time::Duration};
 
 pub struct Config {
     pub address: Address,
@@ -17,199 +10,148 @@ pub struct Config {
     pub max_connections: usize,
 }
 
-/// What a command line asks for.
-pub enum Invocation {
-    Serve(Config),
-    Help,
-    Version,
-}
-
-/// Why the program does not start, in one line.
-pub enum Problem {
-    /// The command line is wrong.
-    Usage(String),
-    /// What it asks for cannot be had.
-    Start(String),
-}
+/// Why the program ends before it serves: its exit status and what it says. 2 is a wrong command line, 1 something that it asks for
+/// and that cannot be had, 0 that saying it was all there was to do.
+pub struct Exit(pub u8, pub String);
 
 /// The same as in Cargo.toml, which a build by rustc alone does not see.
 pub const VERSION: &str = "0.1.0";
 pub const TOKEN_VARIABLE: &str = "SSECOMMANDER_TOKEN";
 
-pub const USAGE: &str = "\
-Run commands over HTTP and stream their output as Server-Sent Events.
+const USAGE: &str = include_str!("usage.txt");
 
-Usage: ssecommander [OPTIONS]
-
-  -l, --listen ADDR        IP:PORT, [IPv6]:PORT, PORT (on 127.0.0.1) or unix:PATH
-                           [default: 127.0.0.1:3000; port 0 takes a free one]
-      --allow COMMAND      run only this command line, word for word; a last word *
-                           admits any further arguments. Repeatable [default: any]
-      --token-file PATH    every request to /run must bear the token, the file's first
-                           line; so does the variable SSECOMMANDER_TOKEN
-      --no-token           listen beyond loopback without a token
-      --allow-origin ORIGIN
-                           a web origin (https://ops.example) whose pages may call.
-                           Repeatable; * is any, and needs a token
-      --max-connections N  connections served at once [default: 128]
-      --timeout SECS       longest life of a command [default: 0, none]
-      --grace SECS         between SIGTERM and SIGKILL [default: 2]
-      --heartbeat SECS     silence on a stream before a comment is sent [default: 15]
-      --stall SECS         longest wait for a client that does not read [default: 60]
-  -v, --verbose            log every piece of output too
-  -h, --help               print this
-  -V, --version            print the version
-
-  curl -N 'http://127.0.0.1:3000/run?command=ls+-l'
-  curl -N -d 'command=df -h' http://127.0.0.1:3000/run
-  curl -N -H 'Accept: text/plain' 'http://127.0.0.1:3000/run?command=uptime'
-
-Events: start, stdout, stderr, err, exit (the last one). When the client goes away,
-the command and all it started are killed. No shell is started: say sh -c '...' for
-one. This is remote command execution by design, without TLS.
-";
-
-const LONGEST_TIME: f64 = 365.0 * 86_400.0;
+const FLAGS: [&str; 7] = [
+    "-h",
+    "--help",
+    "-V",
+    "--version",
+    "-v",
+    "--verbose",
+    "--no-token",
+];
+const YEAR: f64 = 365.0 * 86_400.0;
 
 impl Config {
     /// Reads the arguments, without the program's name, and the token's variable.
     pub fn parse(
-        arguments: impl Iterator<Item = OsString>,
-        token: Option<OsString>,
-    ) -> Result<Invocation, Problem> {
-        let mut arguments = arguments.map(OsString::into_vec);
-        let mut config = Config {
-            address: Address::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 3000))),
-            policy: Policy::default(),
-            limits: Limits {
-                timeout: None,
-                grace: Duration::from_secs(2),
-                heartbeat: Duration::from_secs(15),
-                stall: Duration::from_secs(60),
-                verbose: false,
-            },
-            max_connections: 128,
-        };
+        mut arguments: impl Iterator<Item = String>,
+        token: Option<String>,
+    ) -> Result<Config, Exit> {
+        let mut config = Config::default();
         let (mut token_file, mut no_token) = (None, false);
         while let Some(argument) = arguments.next() {
-            let (name, mut inline) = split_option(&argument);
-            let is_flag = matches!(
-                &name[..],
-                "--no-token" | "-v" | "--verbose" | "-h" | "--help" | "-V" | "--version"
-            );
-            if is_flag && inline.is_some() {
-                return Err(usage(&format!("{name} takes no value")));
-            }
-            let mut value = |what| {
-                let value = inline.take().or_else(|| arguments.next());
-                value.ok_or_else(|| usage(&format!("{name} needs {what}")))
+            let (name, value) = match argument.split_once('=') {
+                Some((name, value)) if name.starts_with("--") => (name, Some(value.to_string())),
+                _ if FLAGS.contains(&argument.as_str()) => (argument.as_str(), None),
+                _ => (argument.as_str(), arguments.next()),
             };
-            match &name[..] {
-                "-h" | "--help" => return Ok(Invocation::Help),
-                "-V" | "--version" => return Ok(Invocation::Version),
-                "-v" | "--verbose" => config.limits.verbose = true,
-                "--no-token" => no_token = true,
-                "-l" | "--listen" => {
-                    const WHAT: &str = "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH";
-                    let value = value(WHAT)?;
-                    config.address =
-                        Address::parse(&value).ok_or_else(|| wrong(&name, &value, WHAT))?;
+            let given = Given { name, value };
+            let limits = &mut config.limits;
+            match name {
+                "-l" | "--listen" => config.address = given.get(ADDRESS, Address::parse)?,
+                "--allow" => config
+                    .policy
+                    .allowed
+                    .push(given.get("a command line", command_line)?),
+                "--token-file" => {
+                    token_file = Some(given.get("a path", |path| Some(path.to_string()))?)
                 }
-                "--allow" => {
-                    let value = value("a command line")?;
-                    let words = words::split(&value).map_err(|why| wrong(&name, &value, why))?;
-                    if words.is_empty() {
-                        return Err(wrong(&name, &value, "a command line"));
-                    }
-                    config.policy.allowed.push(words);
-                }
-                "--token-file" => token_file = Some(value("a path")?),
-                "--allow-origin" => {
-                    const WHAT: &str = "an origin as browsers send it: https://ops.example, or *";
-                    let value = value(WHAT)?;
-                    let origin = String::from_utf8(value.clone())
-                        .ok()
-                        .filter(|origin| is_origin(origin));
-                    config
-                        .policy
-                        .origins
-                        .push(origin.ok_or_else(|| wrong(&name, &value, WHAT))?);
-                }
+                "--allow-origin" => config.policy.origins.push(given.get(ORIGIN, origin)?),
                 "--max-connections" => {
-                    const WHAT: &str = "a number from 1";
-                    let value = value(WHAT)?;
-                    let number = text(&value).parse().ok().filter(|&number| number > 0);
-                    config.max_connections = number.ok_or_else(|| wrong(&name, &value, WHAT))?;
+                    config.max_connections = given.get("a number from 1", count)?
                 }
-                "--timeout" | "--grace" | "--heartbeat" | "--stall" => {
-                    let zero_allowed = matches!(&name[..], "--timeout" | "--grace");
-                    let what = if zero_allowed {
-                        "seconds, 0 to 31536000"
-                    } else {
-                        "seconds, above 0, to 31536000"
-                    };
-                    let value = value(what)?;
-                    let time =
-                        seconds(&text(&value)).filter(|time| zero_allowed || !time.is_zero());
-                    let time = time.ok_or_else(|| wrong(&name, &value, what))?;
-                    match &name[..] {
-                        "--timeout" => {
-                            config.limits.timeout = Some(time).filter(|time| !time.is_zero())
-                        }
-                        "--grace" => config.limits.grace = time,
-                        "--heartbeat" => config.limits.heartbeat = time,
-                        _ => config.limits.stall = time,
-                    }
+                "--timeout" => {
+                    limits.timeout =
+                        Some(given.get(SECONDS, seconds)?).filter(|time| !time.is_zero())
                 }
-                _ => {
-                    return Err(usage(&format!(
-                        "unknown option or argument {:?}",
-                        text(&argument)
-                    )));
+                "--grace" => limits.grace = given.get(SECONDS, seconds)?,
+                "--heartbeat" => limits.heartbeat = given.get(SOME_SECONDS, some_seconds)?,
+                "--stall" => limits.stall = given.get(SOME_SECONDS, some_seconds)?,
+                _ if !FLAGS.contains(&name) => {
+                    return Err(usage(&format!("unknown option {name:?}")));
                 }
+                _ if given.value.is_some() => return Err(usage(&format!("{name} takes no value"))),
+                "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
+                "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
+                "--no-token" => no_token = true,
+                _ => limits.verbose = true,
             }
         }
         config.policy.token = read_token(token_file, token)?;
-        config.check_exposure(no_token)?;
-        Ok(Invocation::Serve(config))
+        if config.policy.token.is_none() && !no_token {
+            config.check_exposure()?;
+        }
+        Ok(config)
     }
 
-    fn check_exposure(&self, no_token: bool) -> Result<(), Problem> {
-        if no_token || self.policy.token.is_some() {
-            return Ok(());
-        }
+    /// Without a token, only who is on this host may call.
+    fn check_exposure(&self) -> Result<(), Exit> {
+        const REMEDY: &str = "set --token-file, or say --no-token";
         if self.address.is_exposed() {
-            let why = "is reachable from other hosts: set --token-file, or say --no-token";
-            return Err(Problem::Start(format!("{} {why}", self.address)));
+            let why = format!("{} can be reached from other hosts: {REMEDY}", self.address);
+            return Err(Exit(1, why));
         }
         if self.policy.origins.iter().any(|origin| origin == "*") {
-            let why = "--allow-origin * lets every web page run commands: set --token-file, or say --no-token";
-            return Err(Problem::Start(why.to_string()));
+            let why = format!("--allow-origin * lets every web page run commands: {REMEDY}");
+            return Err(Exit(1, why));
         }
         Ok(())
     }
 }
 
-fn usage(why: &str) -> Problem {
-    Problem::Usage(format!("{why}; see --help"))
-}
-
-fn wrong(name: &str, value: &[u8], what: &str) -> Problem {
-    usage(&format!("{name} {:?}: expected {what}", text(value)))
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// `--name=VALUE` apart.
-fn split_option(argument: &[u8]) -> (String, Option<Vec<u8>>) {
-    match argument.iter().position(|&byte| byte == b'=') {
-        Some(at) if argument.starts_with(b"--") => {
-            (text(&argument[..at]), Some(argument[at + 1..].to_vec()))
+impl Default for Config {
+    fn default() -> Config {
+        let limits = Limits {
+            timeout: None,
+            grace: Duration::from_secs(2),
+            heartbeat: Duration::from_secs(15),
+            stall: Duration::from_secs(60),
+            verbose: false,
+        };
+        let address = Address::Tcp((Ipv4Addr::LOCALHOST, 3000).into());
+        Config {
+            address,
+            policy: Policy::default(),
+            limits,
+            max_connections: 128,
         }
-        _ => (text(argument), None),
     }
+}
+
+/// An option and what follows it.
+struct Given<'a> {
+    name: &'a str,
+    value: Option<String>,
+}
+
+impl Given<'_> {
+    /// The value as `parse` understands it; `what` is what it has to be.
+    fn get<T>(&self, what: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Exit> {
+        let Given { name, value } = self;
+        let value = value
+            .as_ref()
+            .ok_or_else(|| usage(&format!("{name} needs {what}")))?;
+        parse(value).ok_or_else(|| usage(&format!("{name} {value:?}: expected {what}")))
+    }
+}
+
+const ADDRESS: &str = "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH";
+const ORIGIN: &str = "an origin as browsers send it (https://ops.example), or *";
+const SECONDS: &str = "seconds, 0 to 31536000";
+const SOME_SECONDS: &str = "seconds, above 0 and up to 31536000";
+
+fn usage(why: &str) -> Exit {
+    Exit(2, format!("{why}; see --help"))
+}
+
+fn command_line(text: &str) -> Option<Vec<Vec<u8>>> {
+    words::split(text.as_bytes())
+        .ok()
+        .filter(|words| !words.is_empty())
+}
+
+fn count(text: &str) -> Option<usize> {
+    text.parse().ok().filter(|&number| number > 0)
 }
 
 /// Plain decimal seconds: no sign, no exponent.
@@ -217,59 +159,53 @@ fn seconds(text: &str) -> Option<Duration> {
     let plain = text
         .bytes()
         .all(|byte| byte.is_ascii_digit() || byte == b'.');
-    let seconds: f64 = text.parse().ok().filter(|_| plain)?;
-    (seconds <= LONGEST_TIME).then(|| Duration::from_secs_f64(seconds))
+    let seconds = text
+        .parse()
+        .ok()
+        .filter(|&seconds| plain && seconds <= YEAR)?;
+    Some(Duration::from_secs_f64(seconds))
+}
+
+fn some_seconds(text: &str) -> Option<Duration> {
+    seconds(text).filter(|time| !time.is_zero())
 }
 
 /// `scheme://host[:port]`, as in the `Origin` field (RFC 6454 section 7), or `*`.
-fn is_origin(text: &str) -> bool {
-    let Some((scheme, host)) = text.split_once("://") else {
-        return text == "*";
-    };
-    let scheme_is_good = scheme.starts_with(|first: char| first.is_ascii_lowercase())
-        && scheme.bytes().all(|byte| {
-            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"+-.".contains(&byte)
-        });
-    let in_host = |byte: u8| {
-        byte.is_ascii_graphic() && !byte.is_ascii_uppercase() && !b"/?#@\\,*".contains(&byte)
-    };
-    scheme_is_good && !host.is_empty() && host.bytes().all(in_host)
+fn origin(text: &str) -> Option<String> {
+    let (scheme, host) = text.split_once("://").unwrap_or(("", ""));
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
+    let good =
+        !scheme.is_empty() && !host.is_empty() && (scheme.to_owned() + host).chars().all(allowed);
+    (good || text == "*").then(|| text.to_string())
 }
 
 /// The token, from where it is given: visible ASCII, as it has to fit a field.
-fn read_token(
-    file: Option<Vec<u8>>,
-    variable: Option<OsString>,
-) -> Result<Option<String>, Problem> {
+fn read_token(file: Option<String>, variable: Option<String>) -> Result<Option<String>, Exit> {
     let (source, content) = match (file, variable) {
-        (Some(_), Some(_)) => {
+        (None, None) => return Ok(None),
+        (None, Some(token)) => (TOKEN_VARIABLE.to_string(), token),
+        (Some(path), None) => {
+            let content = fs::read_to_string(&path);
+            let source = format!("--token-file {path:?}");
+            (
+                source.clone(),
+                content.map_err(|error| Exit(1, format!("{source}: {error}")))?,
+            )
+        }
+        _ => {
             return Err(usage(&format!(
                 "--token-file and {TOKEN_VARIABLE} are both given"
             )));
         }
-        (None, None) => return Ok(None),
-        (None, Some(variable)) => (TOKEN_VARIABLE.to_string(), variable.into_vec()),
-        (Some(path), None) => {
-            let source = format!("--token-file {:?}", text(&path));
-            let content = fs::read(std::ffi::OsStr::from_bytes(&path));
-            let content = content.map_err(|error| Problem::Start(format!("{source}: {error}")))?;
-            (source, content)
-        }
     };
-    let token = content
-        .split(|&byte| byte == b'\n')
-        .next()
-        .unwrap_or_default()
-        .trim_ascii();
-    match std::str::from_utf8(token) {
-        Ok(token) if !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic()) => {
-            Ok(Some(token.to_string()))
-        }
-        _ if token.is_empty() => Err(Problem::Start(format!("{source}: the token is empty"))),
-        _ => Err(Problem::Start(format!(
-            "{source}: the token must be visible ASCII without blanks"
-        ))),
+    let token = content.lines().next().unwrap_or("").trim();
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(Exit(
+            1,
+            format!("{source}: the token is empty, or not visible ASCII"),
+        ));
     }
+    Ok(Some(token.to_string()))
 }
 
 #[cfg(test)]
@@ -277,12 +213,9 @@ mod tests {
     use super::*;
 
     fn parse(line: &[&str], token: Option<&str>) -> Result<Config, String> {
-        match Config::parse(line.iter().map(OsString::from), token.map(OsString::from)) {
-            Ok(Invocation::Serve(config)) => Ok(config),
-            Ok(_) => Err("help or version".to_string()),
-            Err(Problem::Usage(why)) => Err(format!("2 {why}")),
-            Err(Problem::Start(why)) => Err(format!("1 {why}")),
-        }
+        let arguments = line.iter().map(|argument| argument.to_string());
+        let parsed = Config::parse(arguments, token.map(str::to_string));
+        parsed.map_err(|Exit(status, why)| format!("{status} {why}"))
     }
 
     #[test]

@@ -1,53 +1,41 @@
 //! TCP and Unix sockets behind one type, for listening and for a connection.
 //!
-//! std's `TcpStream` and `UnixStream` make the same system calls on what they hold, so an accepted Unix connection is held as a
-//! `TcpStream`: everything after `accept` has one type to deal with and needs no trait for two.
+//! std's `TcpStream` and `UnixStream` make the same system calls on what they hold, so every connection is held as a `TcpStream`, of
+//! which only the addresses of a Unix one cannot be told. The way not taken, a trait or an enum for the two, is as long as this file.
 
 use crate::sys;
-use std::ffi::OsStr;
-use std::fmt;
-use std::fs;
-use std::io::{self, BufReader, ErrorKind, Read};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::{net::UnixListener, net::UnixStream, prelude::*};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, atomic::AtomicBool, atomic::Ordering};
 use std::time::{Duration, Instant};
+use std::{fs, io, net};
 
 /// A burst of clients waits in the backlog; beyond it they would wait a second for their SYN to be sent again.
 const BACKLOG: i32 = 4096;
 /// Heads are small; content passes through in pieces of this size.
 const INPUT_BUFFER: usize = 8 << 10;
 
-/// `IP:PORT`, `[IPv6]:PORT`, `PORT` or `unix:PATH`.
-#[derive(Clone, Debug, PartialEq)]
+/// Where to listen.
+#[derive(Clone)]
 pub enum Address {
-    Tcp(SocketAddr),
+    Tcp(net::SocketAddr),
     Unix(PathBuf),
 }
 
-pub enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener, SocketFile),
+pub struct Listener {
+    pub socket: OwnedFd,
+    /// The address, with the port that was taken where 0 was asked for.
+    pub name: String,
+    /// A Unix socket's file, by its path, device and inode.
+    file: Option<(PathBuf, u64, u64)>,
 }
 
-/// The file of a Unix socket, removed in the end if it is still the one that was made.
-pub struct SocketFile {
-    path: PathBuf,
-    identity: Option<(u64, u64)>,
-}
-
-/// A connection that was accepted.
 pub struct Connection {
-    pub socket: TcpStream,
+    pub socket: net::TcpStream,
     /// For the log.
     pub peer: String,
     /// The address that it came in on; none for a Unix socket.
-    pub local: Option<IpAddr>,
+    pub local: Option<net::IpAddr>,
 }
 
 /// The reading side of a connection. A read fails with `TimedOut` at `deadline`, however many have succeeded before.
@@ -59,13 +47,16 @@ pub struct Input {
 }
 
 impl Address {
-    pub fn parse(text: &[u8]) -> Option<Address> {
-        if let Some(path) = text.strip_prefix(b"unix:") {
-            return (!path.is_empty()).then(|| Address::Unix(OsStr::from_bytes(path).into()));
+    /// `IP:PORT`, `[IPv6]:PORT`, `PORT` (on 127.0.0.1) or `unix:PATH`.
+    pub fn parse(text: &str) -> Option<Address> {
+        match text.strip_prefix("unix:") {
+            Some("") => None,
+            Some(path) => Some(Address::Unix(path.into())),
+            None if text.contains(':') => text.parse().ok().map(Address::Tcp),
+            None => Some(Address::Tcp(
+                (net::Ipv4Addr::LOCALHOST, text.parse().ok()?).into(),
+            )),
         }
-        let text = std::str::from_utf8(text).ok()?;
-        let port = || Some(SocketAddr::from((Ipv4Addr::LOCALHOST, text.parse().ok()?)));
-        text.parse().ok().or_else(port).map(Address::Tcp)
     }
 
     /// Whether programs on other hosts can connect.
@@ -74,8 +65,8 @@ impl Address {
     }
 }
 
-impl fmt::Display for Address {
-    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+impl std::fmt::Display for Address {
+    fn fmt(&self, out: &mut std::fmt::Formatter) -> std::fmt::Result {
         match self {
             Address::Tcp(address) => write!(out, "http://{address}"),
             Address::Unix(path) => write!(out, "unix:{}", path.display()),
@@ -85,119 +76,101 @@ impl fmt::Display for Address {
 
 impl Listener {
     pub fn bind(address: &Address) -> io::Result<Listener> {
-        let listener = match address {
-            Address::Tcp(address) => Listener::Tcp(TcpListener::bind(address)?),
+        let (socket, address, file) = match address {
+            Address::Tcp(address) => {
+                let socket = net::TcpListener::bind(address)?;
+                let address = Address::Tcp(socket.local_addr()?);
+                (OwnedFd::from(socket), address, None)
+            }
             Address::Unix(path) => {
                 clear_stale(path)?;
-                let listener = sys::with_private_umask(|| UnixListener::bind(path))?;
-                let identity = fs::symlink_metadata(path)
-                    .ok()
-                    .map(|file| (file.dev(), file.ino()));
-                Listener::Unix(
-                    listener,
-                    SocketFile {
-                        path: path.clone(),
-                        identity,
-                    },
+                let socket = sys::with_private_umask(|| UnixListener::bind(path))?;
+                let file = fs::symlink_metadata(path)?;
+                (
+                    socket.into(),
+                    address.clone(),
+                    Some((path.clone(), file.dev(), file.ino())),
                 )
             }
         };
-        sys::set_backlog(&listener, BACKLOG);
-        Ok(listener)
-    }
-
-    /// The address, with the port that was taken where 0 was asked for.
-    pub fn address(&self) -> io::Result<Address> {
-        Ok(match self {
-            Listener::Tcp(listener) => Address::Tcp(listener.local_addr()?),
-            Listener::Unix(_, file) => Address::Unix(file.path.clone()),
+        sys::set_backlog(&socket, BACKLOG);
+        Ok(Listener {
+            socket,
+            name: address.to_string(),
+            file,
         })
     }
 
     /// The next connection, ready for use: written at once, a write given up after `tick`, a peer that acknowledges nothing for
     /// `stall` taken for dead.
     pub fn accept(&self, tick: Duration, stall: Duration) -> io::Result<Connection> {
-        let connection = match self {
-            Listener::Tcp(listener) => {
-                let (socket, peer) = listener.accept()?;
-                let local = socket.local_addr()?.ip().to_canonical();
-                socket.set_nodelay(true)?;
-                sys::set_user_timeout(&socket, stall);
-                Connection {
-                    socket,
-                    peer: peer.to_string(),
-                    local: Some(local),
-                }
-            }
-            Listener::Unix(listener, _) => {
-                let socket = TcpStream::from(OwnedFd::from(listener.accept()?.0));
-                Connection {
-                    socket,
-                    peer: "unix".to_string(),
-                    local: None,
-                }
-            }
-        };
-        connection.socket.set_write_timeout(Some(tick))?;
-        Ok(connection)
-    }
-}
-
-impl AsFd for Listener {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Listener::Tcp(listener) => listener.as_fd(),
-            Listener::Unix(listener, _) => listener.as_fd(),
+        let socket = net::TcpStream::from(sys::accept(&self.socket)?);
+        socket.set_write_timeout(Some(tick))?;
+        if self.file.is_some() {
+            return Ok(Connection {
+                socket,
+                peer: "unix".to_string(),
+                local: None,
+            });
         }
+        socket.set_nodelay(true)?;
+        sys::set_user_timeout(&socket, stall);
+        let (peer, local) = (socket.peer_addr()?.to_string(), socket.local_addr()?);
+        Ok(Connection {
+            socket,
+            peer,
+            local: Some(local.ip().to_canonical()),
+        })
     }
 }
 
-impl Drop for SocketFile {
+impl Drop for Listener {
+    /// Removes the socket's file, if it is still the one that was made.
     fn drop(&mut self) {
-        let there = fs::symlink_metadata(&self.path)
-            .ok()
-            .map(|file| (file.dev(), file.ino()));
-        if there.is_some() && there == self.identity {
-            let _ = fs::remove_file(&self.path);
+        if let Some((path, device, inode)) = &self.file {
+            let same = |file: fs::Metadata| file.dev() == *device && file.ino() == *inode;
+            if fs::symlink_metadata(path).is_ok_and(same) {
+                let _ = fs::remove_file(path);
+            }
         }
-    }
-}
-
-impl Connection {
-    pub fn input(connection: &Arc<Connection>) -> BufReader<Input> {
-        let input = Input {
-            connection: connection.clone(),
-            deadline: None,
-            interrupted: Arc::default(),
-        };
-        BufReader::with_capacity(INPUT_BUFFER, input)
     }
 }
 
 impl Input {
+    pub fn new(connection: Arc<Connection>) -> io::BufReader<Input> {
+        let input = Input {
+            connection,
+            deadline: None,
+            interrupted: Arc::default(),
+        };
+        io::BufReader::with_capacity(INPUT_BUFFER, input)
+    }
+
     /// Lets reads go on for `time` from now, altogether.
     pub fn allow(&mut self, time: Duration) {
         self.deadline = Some(Instant::now() + time);
     }
 }
 
-impl Read for Input {
+impl io::Read for Input {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        use io::ErrorKind::{Interrupted, Other, TimedOut, WouldBlock};
+        let mut socket = &self.connection.socket;
         loop {
-            if self.interrupted.load(Ordering::SeqCst) {
-                return Err(io::Error::other("interrupted"));
-            }
+            let now = Instant::now();
             let left = self
                 .deadline
-                .map(|deadline| deadline.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
-                return Err(ErrorKind::TimedOut.into());
+                .map(|deadline| deadline.saturating_duration_since(now));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(TimedOut.into());
             }
-            self.connection.socket.set_read_timeout(left)?;
-            match (&self.connection.socket).read(buffer) {
+            if self.interrupted.load(Ordering::SeqCst) {
+                return Err(Other.into());
+            }
+            socket.set_read_timeout(left)?;
+            match socket.read(buffer) {
                 // The deadline may be a moment away yet.
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {}
+                Err(error) if matches!(error.kind(), Interrupted | WouldBlock) => {}
                 other => return other,
             }
         }
@@ -206,16 +179,14 @@ impl Read for Input {
 
 /// Makes room for a socket: takes away one that a dead server left, and nothing else.
 fn clear_stale(path: &Path) -> io::Result<()> {
-    match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-        Ok(file) if !file.file_type().is_socket() => {
-            return Err(io::Error::other("there is a file that is no socket"));
-        }
-        Ok(_) => {}
+    let Ok(file) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !file.file_type().is_socket() {
+        return Err(io::Error::other("there is a file that is no socket"));
     }
     match UnixStream::connect(path) {
-        Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
         Err(error) => Err(error),
         Ok(_) => Err(io::Error::other("another server answers there")),
     }

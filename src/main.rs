@@ -29,47 +29,39 @@ mod log;
 #[allow(unsafe_code)]
 mod sys;
 
-use config::{Config, Invocation, Problem};
-use listener::Listener;
+use config::{Config, Exit, TOKEN_VARIABLE};
 use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    sys::normalise_process();
-    match start() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(Problem::Usage(why)) => complain(&why, 2),
-        Err(Problem::Start(why)) => complain(&why, 1),
-    }
-}
-
-fn start() -> Result<(), Problem> {
-    let token = std::env::var_os(config::TOKEN_VARIABLE);
-    sys::remove_variable(config::TOKEN_VARIABLE);
-    let config = match Config::parse(std::env::args_os().skip(1), token)? {
-        Invocation::Help => return print(config::USAGE),
-        Invocation::Version => return print(&format!("ssecommander {}\n", config::VERSION)),
-        Invocation::Serve(config) => config,
+    let token = std::env::var_os(TOKEN_VARIABLE);
+    sys::normalise_process(TOKEN_VARIABLE);
+    let Err(Exit(status, why)) = start(token) else {
+        return ExitCode::SUCCESS;
     };
-    let cannot = |error| Problem::Start(format!("cannot listen on {}: {error}", config.address));
-    let listener = Listener::bind(&config.address).map_err(cannot)?;
-    let address = listener.address().map_err(cannot)?;
-    if let Some(token) = &config.policy.token {
-        log::hide(token);
-    }
-    sys::catch_signals(&listener);
-    let _ = print(&format!("ssecommander listening on {address}\n"));
-    server::serve(&listener, config)
-        .map_err(|error| Problem::Start(format!("cannot serve: {error}")))
-}
-
-/// A closed stdout is no reason to stop.
-fn print(text: &str) -> Result<(), Problem> {
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    Ok(())
-}
-
-fn complain(why: &str, status: u8) -> ExitCode {
-    let _ = writeln!(std::io::stderr(), "ssecommander: {why}");
+    // Closed streams are no reason for another status.
+    let _ = match status {
+        0 => write!(std::io::stdout(), "{why}"),
+        _ => writeln!(std::io::stderr(), "ssecommander: {why}"),
+    };
     ExitCode::from(status)
+}
+
+fn start(token: Option<std::ffi::OsString>) -> Result<(), Exit> {
+    let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
+    let config = Config::parse(std::env::args_os().skip(1).map(lossy), token.map(lossy))?;
+    let cannot = |error| Exit(1, format!("cannot listen on {}: {error}", config.address));
+    let listener = listener::Listener::bind(&config.address).map_err(cannot)?;
+    config
+        .policy
+        .token
+        .iter()
+        .for_each(|token| log::hide(token));
+    sys::catch_signals(&listener.socket);
+    let _ = writeln!(
+        std::io::stdout(),
+        "ssecommander listening on {}",
+        listener.name
+    );
+    server::serve(&listener, config).map_err(|error| Exit(1, format!("cannot serve: {error}")))
 }

@@ -18,7 +18,7 @@ pub enum Source {
 }
 
 /// Events or plain text, in chunks or up to the end of the connection.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Format {
     pub events: bool,
     pub chunked: bool,

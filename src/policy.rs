@@ -3,9 +3,9 @@
 //! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the browser adds, which the
 //! rules look at, and it cannot know a token.
 
-use crate::request::{Refusal, Request, form_value};
+use crate::request::{Answer, Head, Result, form_value};
 use crate::words;
-use Refusal::{Bad, Forbidden};
+use Answer::{Bad, Forbidden};
 use std::net::IpAddr;
 
 /// What the options say about callers and commands.
@@ -27,25 +27,25 @@ pub struct Order {
 impl Policy {
     /// `Host`, and rule 1: a name that can only mean this server. It stops DNS rebinding, where another site's name is made to resolve
     /// to this host's address. `local` is the address that the connection came in on; none for a Unix socket.
-    pub fn host(&self, request: &Request, local: Option<IpAddr>) -> Result<(), Refusal> {
-        let hosts = request.all("host");
-        if hosts.len() > 1 || (hosts.is_empty() && request.minor > 0) {
+    pub fn host(&self, head: &Head, local: Option<IpAddr>) -> Result<()> {
+        let hosts = head.all("host");
+        if hosts.len() > 1 || (hosts.is_empty() && head.minor > 0) {
             return Err(Bad("HTTP/1.1 needs exactly one Host"));
         }
-        for authority in hosts.into_iter().chain(request.authority.as_deref()) {
+        for authority in hosts.into_iter().chain(head.authority.as_deref()) {
             let name = host_name(authority).ok_or(Bad("malformed Host"))?;
             if self.token.is_none() && !means_here(&name, local) {
-                return Err(Refusal::Misdirected);
+                return Err(Answer::Misdirected);
             }
         }
         Ok(())
     }
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
-    pub fn browser(&self, request: &Request) -> Result<(), Refusal> {
-        let origins = request.all("origin");
+    pub fn browser(&self, head: &Head) -> Result<()> {
+        let origins = head.all("origin");
         if !origins.is_empty() {
-            let allowed = is_own(request, origins[0]) || self.admits_origin(origins[0]);
+            let allowed = is_own(head, origins[0]) || self.admits_origin(origins[0]);
             let one = origins.len() == 1;
             return if one && allowed {
                 Ok(())
@@ -53,39 +53,39 @@ impl Policy {
                 Err(Forbidden("origin not allowed"))
             };
         }
-        let sites = request.all("sec-fetch-site");
+        let sites = head.all("sec-fetch-site");
         if !sites
             .iter()
             .all(|site| matches!(*site, "same-origin" | "none"))
         {
             return Err(Forbidden("another site's page calls (Sec-Fetch-Site)"));
         }
-        if request.path == "/run" && request.all("sec-fetch-mode").contains(&"navigate") {
+        if head.path == "/run" && head.all("sec-fetch-mode").contains(&"navigate") {
             return Err(Forbidden("a link runs nothing (Sec-Fetch-Mode)"));
         }
         let browser = |agent: &&str| agent.starts_with("Mozilla/");
         let silent = self.token.is_none() && sites.is_empty();
-        if silent && request.all("user-agent").iter().any(browser) {
+        if silent && head.all("user-agent").iter().any(browser) {
             return Err(Forbidden("a browser without Origin and Sec-Fetch-Site"));
         }
         Ok(())
     }
 
     /// The one foreign origin, if its pages may read the answer.
-    pub fn foreign_origin<'a>(&self, request: &'a Request) -> Option<&'a str> {
-        let [origin] = request.all("origin")[..] else {
+    pub fn foreign_origin<'a>(&self, head: &'a Head) -> Option<&'a str> {
+        let [origin] = head.all("origin")[..] else {
             return None;
         };
-        (!is_own(request, origin) && self.admits_origin(origin)).then_some(origin)
+        (!is_own(head, origin) && self.admits_origin(origin)).then_some(origin)
     }
 
     /// The bearer token (RFC 6750 section 2.1), compared in a time that does not tell how much of it was right.
-    pub fn token(&self, request: &Request) -> Result<(), Refusal> {
+    pub fn token(&self, head: &Head) -> Result<()> {
         let Some(token) = &self.token else {
             return Ok(());
         };
-        let [credentials] = request.all("authorization")[..] else {
-            return Err(Refusal::Token);
+        let [credentials] = head.all("authorization")[..] else {
+            return Err(Answer::Token);
         };
         let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
         let given = given.trim_start();
@@ -96,12 +96,12 @@ impl Policy {
         if right && scheme.eq_ignore_ascii_case("bearer") {
             Ok(())
         } else {
-            Err(Refusal::Token)
+            Err(Answer::Token)
         }
     }
 
     /// The one `command` in a query or form, if it may run.
-    pub fn command(&self, form: &[u8]) -> Result<Order, Refusal> {
+    pub fn command(&self, form: &[u8]) -> Result<Order> {
         let line = form_value(form, b"command")?.ok_or(Bad("no command"))?;
         let words = words::split(&line).map_err(Bad)?;
         if words.is_empty() {
@@ -123,10 +123,10 @@ impl Policy {
     }
 }
 
-/// Whether `origin` is `http://` and what the request says this server is called.
-fn is_own(request: &Request, origin: &str) -> bool {
-    let hosts = request.all("host");
-    let name = request.authority.as_deref().or(hosts.first().copied());
+/// Whether `origin` is `http://` and what the head says this server is called.
+fn is_own(head: &Head, origin: &str) -> bool {
+    let hosts = head.all("host");
+    let name = head.authority.as_deref().or(hosts.first().copied());
     name.is_some() && origin.strip_prefix("http://") == name
 }
 

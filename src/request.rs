@@ -3,8 +3,8 @@
 //!
 //! A `Request` is filled in as it is read, so that the log can name the target of one that breaks off.
 
-use Refusal::{Bad, Malformed};
-use std::cmp::Ordering;
+use crate::output::Format;
+use Answer::{Bad, Malformed};
 use std::io::{BufRead, ErrorKind};
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
@@ -15,8 +15,9 @@ const MOST_FIELDS: usize = 100;
 /// The longest line with a chunk's size, extensions included.
 const LONGEST_CHUNK_LINE: usize = 1 << 10;
 
+/// The request line and the fields.
 #[derive(Default)]
-pub struct Request {
+pub struct Head {
     pub method: String,
     /// As sent, for the log.
     pub target: String,
@@ -30,11 +31,12 @@ pub struct Request {
     fields: Vec<(String, String)>,
 }
 
-/// The bytes of a connection, and where in a request's content they stand (RFC 9112 sections 6 and 7).
-pub struct Incoming<R> {
+/// A head, and the input at the place in the content where it stands (RFC 9112 sections 6 and 7). The next request follows in it.
+pub struct Request<R> {
+    pub head: Head,
     pub input: R,
-    /// Bytes left of the content, or of the current chunk.
-    left: u64,
+    /// Bytes left of the content, or of the current chunk, as far as the client said so.
+    pub left: u64,
     chunks: Chunks,
     /// `Expect: 100-continue`, and the client has not been told to go on.
     pub awaits_continue: bool,
@@ -48,11 +50,18 @@ enum Chunks {
     Next,
 }
 
-/// Why a request is not carried out. `response` knows the status of each.
+/// Every answer but a command's output. `response` knows the status of each.
 #[derive(Debug, PartialEq)]
-pub enum Refusal {
-    /// The connection failed, or ended before a request began: nobody is there to be told.
+pub enum Answer {
+    /// None: the connection failed, or ended before a request began.
     Gone,
+    Page,
+    /// The methods of the path.
+    Options(&'static str),
+    /// The head of what GET would get.
+    Head(Format),
+    /// A reconnect of an event stream that has ended.
+    Repeated,
     Late,
     /// Not HTTP: where the next request begins is unknown.
     Malformed(&'static str),
@@ -70,26 +79,16 @@ pub enum Refusal {
     Method(&'static str),
     UnknownMethod,
     Token,
-    /// A reconnect of an event stream that has ended.
-    Repeated,
     FormTooLarge,
-    NoProgram(String),
-    CannotRun(String),
+    /// A command that could not be started, as what would have been its stream, and why.
+    NoProgram(Format, String),
+    CannotRun(Format, String),
     Busy(&'static str),
 }
 
-impl Refusal {
-    /// Whether the rest of the connection cannot be understood any more.
-    pub fn breaks_framing(&self) -> bool {
-        use Refusal::*;
-        matches!(
-            self,
-            Late | Malformed(_) | LineTooLong | HeadTooLarge | Version | Coding
-        )
-    }
-}
+pub type Result<T> = std::result::Result<T, Answer>;
 
-impl Request {
+impl Head {
     /// The values of every field of that name, in order.
     pub fn all(&self, name: &str) -> Vec<&str> {
         let fields = self.fields.iter().filter(|field| field.0 == name);
@@ -109,86 +108,86 @@ impl Request {
     }
 
     /// RFC 9112 section 3.
-    fn set_request_line(&mut self, line: &str) -> Result<(), Refusal> {
+    fn parse_line(line: &str) -> Result<Head> {
         let parts: Vec<&str> = line.split(' ').collect();
         let [method, target, version] = parts[..] else {
-            return Err(Malformed("malformed request line"));
+            return Err(MALFORMED_LINE);
         };
-        self.target = target.to_string();
-        self.method = method.to_string();
-        if !is_token(method) || target.is_empty() || !target.chars().all(|c| c.is_ascii_graphic()) {
-            return Err(Malformed(
-                "malformed request line: the target is to be percent-encoded",
-            ));
+        let visible = |c: char| c.is_ascii_graphic();
+        if !is_token(method) || target.is_empty() || !target.chars().all(visible) {
+            return Err(MALFORMED_LINE);
         }
-        match version.strip_prefix("HTTP/").map(str::as_bytes) {
-            Some([b'1', b'.', minor @ b'0'..=b'9']) => self.minor = minor - b'0',
-            Some([b'0'..=b'9', b'.', b'0'..=b'9']) => return Err(Refusal::Version),
-            _ => return Err(Malformed("malformed HTTP version")),
-        }
-        self.set_target(target)
-    }
-
-    /// RFC 9112 section 3.2: origin-form, absolute-form, authority-form for CONNECT, asterisk-form for OPTIONS.
-    fn set_target(&mut self, target: &str) -> Result<(), Refusal> {
-        let mut rest = target;
-        if target
-            .get(..7)
-            .is_some_and(|scheme| scheme.eq_ignore_ascii_case("http://"))
-        {
-            let end = target[7..]
-                .find(['/', '?'])
-                .map_or(target.len(), |end| 7 + end);
-            self.authority = Some(target[7..end].to_string());
-            rest = &target[end..];
-        }
+        let minor = match version.strip_prefix("HTTP/").map(str::as_bytes) {
+            Some([b'1', b'.', minor @ b'0'..=b'9']) => minor - b'0',
+            Some([b'0'..=b'9', b'.', b'0'..=b'9']) => return Err(Answer::Version),
+            _ => return Err(MALFORMED_LINE),
+        };
+        let (authority, rest) = split_absolute(target);
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
-        self.query = query.to_string();
-        self.path = match (path, self.method.as_str()) {
+        let path = match (path, method) {
             _ if path.starts_with('/') => path,
             ("*", "OPTIONS") | (_, "CONNECT") => "*",
-            ("", "OPTIONS") if query.is_empty() => "*",
+            ("", "OPTIONS") if rest.is_empty() => "*",
             ("", _) => "/",
-            _ => {
-                return Err(Malformed(
-                    "malformed request target: it begins with / or http://",
-                ));
-            }
-        }
-        .to_string();
-        Ok(())
+            _ => return Err(MALFORMED_LINE),
+        };
+        let [method, target, path, query] = [method, target, path, query].map(str::to_string);
+        let authority = authority.map(str::to_string);
+        Ok(Head {
+            method,
+            target,
+            authority,
+            path,
+            query,
+            minor,
+            fields: Vec::new(),
+        })
     }
 }
 
-impl<R: BufRead> Incoming<R> {
-    pub fn new(input: R) -> Incoming<R> {
-        Incoming {
+const MALFORMED_LINE: Answer = Malformed("malformed request line");
+
+/// The authority of an absolute-form target, and what follows it (RFC 9112 section 3.2).
+fn split_absolute(target: &str) -> (Option<&str>, &str) {
+    match target.split_once("://") {
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => {
+            let end = rest.find(['/', '?']).unwrap_or(rest.len());
+            (Some(&rest[..end]), &rest[end..])
+        }
+        _ => (None, target),
+    }
+}
+
+impl<R: BufRead> Request<R> {
+    pub fn new(input: R) -> Request<R> {
+        let (head, chunks) = (Head::default(), Chunks::None);
+        Request {
+            head,
             input,
             left: 0,
-            chunks: Chunks::None,
+            chunks,
             awaits_continue: false,
         }
     }
 
-    /// Reads a head. One empty line before it is skipped (RFC 9112 section 2.2).
-    pub fn read_head(&mut self, request: &mut Request) -> Result<(), Refusal> {
-        let mut line = self.line(LONGEST_LINE, Refusal::LineTooLong)?;
+    /// Reads the next head. One empty line before it is skipped (RFC 9112 section 2.2).
+    pub fn read_head(&mut self) -> Result<()> {
+        self.head = Head::default();
+        let mut line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
         if line.is_empty() {
-            line = self.line(LONGEST_LINE, Refusal::LineTooLong)?;
+            line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
         }
-        request.set_request_line(&line)?;
-        request.fields = self.fields(LONGEST_HEAD - line.len() - 2, Refusal::HeadTooLarge)?;
-        self.set_framing(request)
+        self.head = Head::parse_line(&line)?;
+        self.head.fields = self.fields(LONGEST_HEAD - line.len() - 2)?;
+        self.set_framing()
     }
 
     /// How the content is delimited, if there is any (RFC 9112 section 6.3), and what the client expects of the server before it sends
     /// it (RFC 9110 section 10.1.1).
-    fn set_framing(&mut self, request: &Request) -> Result<(), Refusal> {
-        let lengths = request.all("content-length");
-        let codings = request
-            .all("transfer-encoding")
-            .join(",")
-            .to_ascii_lowercase();
+    fn set_framing(&mut self) -> Result<()> {
+        let (head, old) = (&self.head, self.head.minor == 0);
+        let lengths = head.all("content-length");
+        let codings = head.all("transfer-encoding").join(",").to_ascii_lowercase();
         let codings: Vec<&str> = codings.split(',').map(str::trim).collect();
         self.left = match (&lengths[..], &codings[..]) {
             ([], _) => 0,
@@ -196,32 +195,26 @@ impl<R: BufRead> Incoming<R> {
             (_, [""]) => return Err(Malformed("more than one Content-Length")),
             _ => return Err(Malformed("both Content-Length and Transfer-Encoding")),
         };
-        self.chunks = match codings[..] {
-            [""] => Chunks::None,
-            _ if request.minor == 0 => return Err(Malformed("Transfer-Encoding in HTTP/1.0")),
-            ["chunked"] => Chunks::First,
+        self.chunks = match codings.split_last() {
+            Some((&"", [])) => Chunks::None,
+            _ if old => return Err(Malformed("Transfer-Encoding in HTTP/1.0")),
+            Some((&"chunked", [])) => Chunks::First,
             // The content would go on after its own end.
-            [ref before @ .., _] if before.contains(&"chunked") => {
-                return Err(Malformed("chunked is not the last transfer coding"));
-            }
-            _ => return Err(Refusal::Coding),
+            Some((_, first)) if first.contains(&"chunked") => return Err(MALFORMED_CHUNK),
+            _ => return Err(Answer::Coding),
         };
-        let expectations = request.all("expect");
-        let known = |expected: &&str| expected.eq_ignore_ascii_case("100-continue");
-        if request.minor > 0 && !expectations.iter().all(known) {
-            return Err(Refusal::Expectation);
+        let expected = head.all("expect");
+        let met = |each: &&str| each.eq_ignore_ascii_case("100-continue");
+        self.awaits_continue = !old && !expected.is_empty();
+        if old || expected.iter().all(met) {
+            Ok(())
+        } else {
+            Err(Answer::Expectation)
         }
-        self.awaits_continue = request.minor > 0 && !expectations.is_empty();
-        Ok(())
     }
 
     pub fn is_at_end(&self) -> bool {
         self.left == 0 && self.chunks == Chunks::None
-    }
-
-    /// How many bytes of content are still to come, as far as the client said so.
-    pub fn known_length(&self) -> u64 {
-        self.left
     }
 
     /// Whether what has come by now, `buffered`, shows that the content is malformed: a chunk's size that is none.
@@ -231,60 +224,49 @@ impl<R: BufRead> Incoming<R> {
         self.chunks == Chunks::First && line.is_some_and(|line| chunk_size(&line).is_none())
     }
 
-    /// The next piece of content, to be taken by [`Incoming::take`]; empty at its end.
-    pub fn piece(&mut self) -> Result<&[u8], Refusal> {
+    /// The next piece of content, to be taken by [`Request::take`]; empty at its end.
+    pub fn piece(&mut self) -> Result<&[u8]> {
         if self.left == 0 && self.chunks != Chunks::None {
             self.next_chunk()?;
         }
-        if self.left == 0 {
-            return Ok(&[]);
-        }
         let left = usize::try_from(self.left).unwrap_or(usize::MAX);
-        match fill(&mut self.input)? {
-            [] => Err(Malformed("content breaks off")),
-            available => Ok(&available[..available.len().min(left)]),
+        match left {
+            0 => Ok(&[]),
+            _ => fill(&mut self.input).map(|piece| &piece[..piece.len().min(left)]),
         }
     }
 
-    /// Takes `length` bytes of the piece that [`Incoming::piece`] showed.
+    /// Takes `length` bytes of the piece that [`Request::piece`] showed.
     pub fn take(&mut self, length: usize) {
         self.input.consume(length);
         self.left -= length as u64;
     }
 
     /// RFC 9112 section 7.1. Extensions and trailer fields are read and ignored.
-    fn next_chunk(&mut self) -> Result<(), Refusal> {
-        const MALFORMED: Refusal = Malformed("malformed chunk");
-        if self.chunks == Chunks::Next && !self.line(0, MALFORMED)?.is_empty() {
-            return Err(MALFORMED);
+    fn next_chunk(&mut self) -> Result<()> {
+        if self.chunks == Chunks::Next {
+            self.line(0, MALFORMED_CHUNK)?;
         }
-        let line = self.line(LONGEST_CHUNK_LINE, MALFORMED)?;
-        self.left = chunk_size(&line).ok_or(MALFORMED)?;
+        let line = self.line(LONGEST_CHUNK_LINE, MALFORMED_CHUNK)?;
+        self.left = chunk_size(&line).ok_or(MALFORMED_CHUNK)?;
         self.chunks = Chunks::Next;
         if self.left == 0 {
-            self.fields(LONGEST_HEAD, MALFORMED)?;
+            self.fields(LONGEST_HEAD).map_err(|_| MALFORMED_CHUNK)?;
             self.chunks = Chunks::None;
         }
         Ok(())
     }
 
     /// Field lines up to the empty line (RFC 9112 section 5): no space before the colon, no line folding, no controls.
-    fn fields(&mut self, mut room: usize, full: Refusal) -> Result<Vec<(String, String)>, Refusal> {
+    fn fields(&mut self, mut room: usize) -> Result<Vec<(String, String)>> {
         let mut fields = Vec::new();
         loop {
-            let Some(limit) = room.checked_sub(2) else {
-                return Err(full);
-            };
-            let line = match self.line(limit, Refusal::HeadTooLarge) {
-                Err(Refusal::HeadTooLarge) => return Err(full),
-                line => line?,
-            };
-            if line.is_empty() {
-                return Ok(fields);
-            }
-            room = limit - line.len();
+            room = room.checked_sub(2).ok_or(Answer::HeadTooLarge)?;
+            let line = self.line(room, Answer::HeadTooLarge)?;
+            room -= line.len();
             match line.split_once(':') {
-                _ if fields.len() == MOST_FIELDS => return Err(full),
+                _ if line.is_empty() => return Ok(fields),
+                _ if fields.len() == MOST_FIELDS => return Err(Answer::HeadTooLarge),
                 Some((name, value)) if is_token(name) && is_text(value) => {
                     let value = value.trim_matches([' ', '\t']);
                     fields.push((name.to_ascii_lowercase(), value.to_string()));
@@ -294,29 +276,24 @@ impl<R: BufRead> Incoming<R> {
         }
     }
 
-    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that.
-    fn line(&mut self, limit: usize, too_long: Refusal) -> Result<String, Refusal> {
+    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that. Nothing more at all is `Gone`.
+    fn line(&mut self, limit: usize, too_long: Answer) -> Result<String> {
         let mut line = Vec::new();
         loop {
-            // The CRLF may follow a line of full length.
-            let room = limit + 2 - line.len();
-            let available = match fill(&mut self.input)? {
-                [] if line.is_empty() => return Err(Refusal::Gone),
-                [] => return Err(Malformed("request breaks off")),
-                available => &available[..available.len().min(room)],
+            let available = match fill(&mut self.input) {
+                Err(BREAKS_OFF) if line.is_empty() => return Err(Answer::Gone),
+                available => available?,
             };
             let end = available.iter().position(|&byte| byte == b'\n');
-            let taken = end.map_or(available.len(), |end| end + 1);
+            // The CRLF may follow a line of full length.
+            let taken = end
+                .map_or(available.len(), |end| end + 1)
+                .min(limit + 2 - line.len());
             line.extend_from_slice(&available[..taken]);
             self.input.consume(taken);
-            let cr = line
-                .iter()
-                .position(|&byte| byte == b'\r')
-                .unwrap_or(line.len());
-            match (cr + 2).cmp(&line.len()) {
-                _ if end.is_some() && line[cr..] == *b"\r\n" => return Ok(latin1(&line[..cr])),
-                _ if end.is_some() => return Err(Malformed("bare CR or LF")),
-                Ordering::Less => return Err(Malformed("bare CR")),
+            match line.iter().position(|byte| b"\r\n".contains(byte)) {
+                Some(cr) if line[cr..] == *b"\r\n" => return Ok(latin1(&line[..cr])),
+                Some(cr) if line[cr..] != *b"\r" => return Err(Malformed("bare CR or LF")),
                 _ if line.len() == limit + 2 => return Err(too_long),
                 _ => {}
             }
@@ -324,9 +301,12 @@ impl<R: BufRead> Incoming<R> {
     }
 }
 
+const MALFORMED_CHUNK: Answer = Malformed("malformed chunk or transfer coding");
+const BREAKS_OFF: Answer = Malformed("request breaks off");
+
 /// The one value of `name` in `application/x-www-form-urlencoded` (WHATWG URL section 5.1, but a broken percent-escape is refused).
 /// Names that do not decode are nobody's.
-pub fn form_value(form: &[u8], name: &[u8]) -> Result<Option<Vec<u8>>, Refusal> {
+pub fn form_value(form: &[u8], name: &[u8]) -> Result<Option<Vec<u8>>> {
     let mut found = None;
     for pair in form.split(|&byte| byte == b'&') {
         let mut halves = pair.splitn(2, |&byte| byte == b'=');
@@ -342,20 +322,17 @@ pub fn form_value(form: &[u8], name: &[u8]) -> Result<Option<Vec<u8>>, Refusal> 
 }
 
 fn percent_decode(text: &[u8]) -> Option<Vec<u8>> {
+    let hex = |digit: u8| char::from(digit).to_digit(16);
     let mut decoded = Vec::with_capacity(text.len());
     let mut bytes = text.iter();
     while let Some(&byte) = bytes.next() {
         decoded.push(match byte {
             b'+' => b' ',
-            b'%' => hex(*bytes.next()?)? << 4 | hex(*bytes.next()?)?,
+            b'%' => (hex(*bytes.next()?)? << 4 | hex(*bytes.next()?)?) as u8,
             other => other,
         });
     }
     Some(decoded)
-}
-
-fn hex(digit: u8) -> Option<u8> {
-    char::from(digit).to_digit(16).map(|value| value as u8)
 }
 
 fn decimal(digits: &str) -> Option<u64> {
@@ -365,22 +342,18 @@ fn decimal(digits: &str) -> Option<u64> {
 
 /// `1*HEXDIG`, then perhaps extensions.
 fn chunk_size(line: &str) -> Option<u64> {
-    let (digits, extension) = line.split_once(';').unwrap_or((line, ""));
-    let digits = if extension.is_empty() {
-        digits
-    } else {
-        digits.trim_end_matches([' ', '\t'])
-    };
-    let plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-    u64::from_str_radix(digits, 16)
-        .ok()
-        .filter(|_| plain && is_text(extension))
+    let extended = line
+        .split_once(';')
+        .map(|(digits, rest)| (digits.trim_end(), rest));
+    let (digits, extension) = extended.unwrap_or((line, ""));
+    let plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit()) && is_text(extension);
+    u64::from_str_radix(digits, 16).ok().filter(|_| plain)
 }
 
 /// RFC 9110 section 5.6.2.
 fn is_token(text: &str) -> bool {
-    let good = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
-    !text.is_empty() && text.bytes().all(good)
+    let good = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
+    !text.is_empty() && text.chars().all(good)
 }
 
 /// No controls but the tab (RFC 9110 section 5.5).
@@ -393,9 +366,12 @@ fn latin1(bytes: &[u8]) -> String {
     bytes.iter().map(|&byte| char::from(byte)).collect()
 }
 
-fn fill(input: &mut impl BufRead) -> Result<&[u8], Refusal> {
-    input.fill_buf().map_err(|error| match error.kind() {
-        ErrorKind::TimedOut => Refusal::Late,
-        _ => Refusal::Gone,
-    })
+/// What there is to read, once there is something; the end is too early.
+fn fill(input: &mut impl BufRead) -> Result<&[u8]> {
+    match input.fill_buf() {
+        Ok([]) => Err(BREAKS_OFF),
+        Ok(available) => Ok(available),
+        Err(error) if error.kind() == ErrorKind::TimedOut => Err(Answer::Late),
+        Err(_) => Err(Answer::Gone),
+    }
 }

@@ -1,29 +1,16 @@
-//! Responses as bytes, and the one place where a refusal becomes a status.
+//! Responses as bytes, and the one place where an answer becomes a status.
 
 use crate::clock;
 use crate::output::{Format, Stream};
-use crate::request::Refusal;
-use std::fmt::Display;
-use std::os::unix::process::ExitStatusExt;
+use crate::request::Answer;
+use std::os::unix::prelude::*;
 use std::process::ExitStatus;
 
-/// An answer that is no command's output.
-pub enum Reply {
-    Page,
-    /// Which methods there are; a CORS preflight where another site's page asks.
-    Options(&'static str),
-    /// The head of what GET would get.
-    Head(Format),
-    /// An event stream that says why a command could not be started, with the exit status by which a shell does (XCU 2.8.2).
-    Failed(Format, i32, String),
-    Refusal(Refusal),
-}
-
-/// How the answers to one request are given.
-pub struct Answer<'a> {
-    /// The connection ends with this answer.
+/// How a request is answered, whatever the answer is.
+pub struct Manner<'a> {
+    /// The connection ends with the answer.
     pub close: bool,
-    /// It answers HEAD: no content follows.
+    /// HEAD: no content follows.
     pub head_only: bool,
     /// The allowed origin of another site's page, which may then read the answer.
     pub foreign_origin: Option<&'a str>,
@@ -37,168 +24,145 @@ pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 
 const PAGE: &[u8] = include_bytes!("console.html");
 
-/// Nothing but what stands in the page itself, and this server to talk to.
-const PAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
-     base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+/// Never an old page after an upgrade; nothing but what stands in the page itself, and this server to talk to.
+const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
+    Cache-Control: no-store\r\n\
+    Referrer-Policy: no-referrer\r\n\
+    Content-Security-Policy: default-src 'none'; script-src 'unsafe-inline'; \
+    style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; \
+    frame-ancestors 'none'\r\n";
 
-impl From<Refusal> for Reply {
-    fn from(refusal: Refusal) -> Reply {
-        Reply::Refusal(refusal)
-    }
-}
+const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
+    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n";
 
-impl Reply {
-    /// Whether the rest of the connection cannot be understood any more.
-    pub fn breaks_framing(&self) -> bool {
-        matches!(self, Reply::Refusal(refusal) if refusal.breaks_framing())
-    }
-}
-
-impl Answer<'_> {
-    pub fn render(&self, reply: &Reply) -> Vec<u8> {
-        match reply {
-            Reply::Page => self.page(),
-            Reply::Options(methods) => self.options(methods),
-            Reply::Head(format) => self.stream(*format),
-            Reply::Failed(format, code, why) => {
-                let mut stream = Stream::new(*format, self.stream(*format));
-                stream.error(why);
-                stream.exit("failed", ExitStatus::from_raw(code << 8), 0, [0, 0]);
-                stream.take()
+impl Manner<'_> {
+    pub fn render(&self, answer: &Answer) -> Vec<u8> {
+        let (status, why) = explain(answer);
+        let fields = match answer {
+            Answer::Page => return self.whole(status, PAGE_FIELDS, PAGE),
+            Answer::Head(format) => return self.stream(*format),
+            Answer::NoProgram(format, why) if format.events => {
+                return self.failed(*format, 127, why);
             }
-            Reply::Refusal(refusal) => self.refusal(refusal),
-        }
+            Answer::CannotRun(format, why) if format.events => {
+                return self.failed(*format, 126, why);
+            }
+            Answer::Options(methods) => {
+                let preflight = self.foreign_origin.map_or("", |_| PREFLIGHT_FIELDS);
+                return self.head(status, &format!("Allow: {methods}\r\n{preflight}"));
+            }
+            Answer::Repeated => return self.head(status, ""),
+            Answer::Method(methods) => format!("Allow: {methods}\r\n"),
+            Answer::Token => "WWW-Authenticate: Bearer\r\n".to_string(),
+            Answer::Busy(_) => "Retry-After: 1\r\n".to_string(),
+            _ => String::new(),
+        };
+        let fields = fields + "Content-Type: text/plain; charset=utf-8\r\n";
+        self.whole(status, &fields, format!("{why}\n").as_bytes())
     }
 
     /// The head of a command's output.
     pub fn stream(&self, format: Format) -> Vec<u8> {
-        let media_type = if format.events {
-            "text/event-stream"
-        } else {
-            "text/plain; charset=utf-8"
+        let (media_type, trailer) = match format.events {
+            true => ("text/event-stream", ""),
+            false => (
+                "text/plain; charset=utf-8",
+                "Trailer: Exit-Code, Exit-Signal\r\n",
+            ),
         };
-        let mut head = self.head("200 OK");
-        field(&mut head, "Content-Type", media_type);
-        field(&mut head, "Cache-Control", "no-cache");
-        if !self.close {
-            field(&mut head, "Connection", "keep-alive");
-        }
-        field(&mut head, "X-Accel-Buffering", "no");
+        let mut fields = format!("Content-Type: {media_type}\r\nCache-Control: no-cache\r\n");
+        fields += if self.close {
+            ""
+        } else {
+            "Connection: keep-alive\r\n"
+        };
+        fields += "X-Accel-Buffering: no\r\n";
         if format.chunked {
-            field(&mut head, "Transfer-Encoding", "chunked");
+            fields = fields + "Transfer-Encoding: chunked\r\n" + trailer;
         }
-        if format.chunked && !format.events {
-            field(&mut head, "Trailer", "Exit-Code, Exit-Signal");
-        }
-        end(head)
+        self.head("200 OK", &fields)
     }
 
-    fn page(&self) -> Vec<u8> {
-        let mut head = self.head("200 OK");
-        field(&mut head, "Content-Type", "text/html; charset=utf-8");
-        field(&mut head, "Cache-Control", "no-store");
-        field(&mut head, "Content-Security-Policy", PAGE_POLICY);
-        field(&mut head, "Referrer-Policy", "no-referrer");
-        self.content(head, PAGE)
+    /// The stream of a command that could not be started, with the exit status by which a shell says so (XCU 2.8.2).
+    fn failed(&self, format: Format, code: i32, why: &str) -> Vec<u8> {
+        let mut stream = Stream::new(format, self.stream(format));
+        stream.error(why);
+        stream.exit("failed", ExitStatus::from_raw(code << 8), 0, [0, 0]);
+        stream.take()
     }
 
-    fn options(&self, methods: &str) -> Vec<u8> {
-        let mut head = self.head("204 No Content");
-        field(&mut head, "Allow", methods);
-        if self.foreign_origin.is_some() {
-            let fields = "Authorization, Content-Type, Last-Event-ID";
-            field(&mut head, "Access-Control-Allow-Methods", "GET, POST");
-            field(&mut head, "Access-Control-Allow-Headers", fields);
-        }
-        end(head)
-    }
-
-    /// One line of plain text that says what is wrong.
-    fn refusal(&self, refusal: &Refusal) -> Vec<u8> {
-        let (status, why) = explain(refusal);
-        let mut head = self.head(status);
-        match refusal {
-            Refusal::Repeated => return end(head),
-            Refusal::Method(methods) => field(&mut head, "Allow", methods),
-            Refusal::Token => field(&mut head, "WWW-Authenticate", "Bearer"),
-            Refusal::Busy(_) => field(&mut head, "Retry-After", 1),
-            _ => {}
-        }
-        field(&mut head, "Content-Type", "text/plain; charset=utf-8");
-        self.content(head, format!("{why}\n").as_bytes())
-    }
-
-    fn head(&self, status: &str) -> Vec<u8> {
-        let mut head = format!("HTTP/1.1 {status}\r\n").into_bytes();
-        field(&mut head, "Date", clock::imf_fixdate(clock::unix_millis()));
-        field(&mut head, "X-Content-Type-Options", "nosniff");
-        if let Some(origin) = self.foreign_origin {
-            field(&mut head, "Access-Control-Allow-Origin", origin);
-            field(&mut head, "Vary", "Origin");
-        }
-        if self.close {
-            field(&mut head, "Connection", "close");
-        }
-        head
-    }
-
-    fn content(&self, mut head: Vec<u8>, content: &[u8]) -> Vec<u8> {
-        field(&mut head, "Content-Length", content.len());
-        let mut whole = end(head);
-        if !self.head_only {
-            whole.extend_from_slice(content);
-        }
+    fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
+        let mut whole = self.head(
+            status,
+            &format!("{fields}Content-Length: {}\r\n", content.len()),
+        );
+        whole.extend_from_slice(if self.head_only { b"" } else { content });
         whole
+    }
+
+    fn head(&self, status: &str, fields: &str) -> Vec<u8> {
+        let date = clock::imf_fixdate(clock::unix_millis());
+        let mut head = format!("HTTP/1.1 {status}\r\nDate: {date}\r\n{fields}");
+        head += "X-Content-Type-Options: nosniff\r\n";
+        if let Some(origin) = self.foreign_origin {
+            head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
+        }
+        head += if self.close {
+            "Connection: close\r\n\r\n"
+        } else {
+            "\r\n"
+        };
+        head.into_bytes()
     }
 }
 
-/// The status line's code and reason, and the words for the client and the log.
-pub fn explain(refusal: &Refusal) -> (&'static str, String) {
-    use Refusal::*;
-    let (status, why) = match refusal {
-        Gone => ("400 Bad Request", "connection lost"),
-        Malformed(why) | Bad(why) => ("400 Bad Request", *why),
+/// Whether the rest of the connection cannot be understood after this answer.
+pub fn breaks_framing(answer: &Answer) -> bool {
+    use Answer::*;
+    matches!(
+        answer,
+        Late | Malformed(_) | LineTooLong | HeadTooLarge | Version | Coding
+    )
+}
+
+/// The status, and the words for the client and the log.
+pub fn explain(answer: &Answer) -> (&'static str, &str) {
+    use Answer::*;
+    match answer {
+        Page | Head(_) | Gone => ("200 OK", ""),
+        Options(_) => ("204 No Content", ""),
+        Repeated => (
+            "204 No Content",
+            "a reconnect runs nothing again (Last-Event-ID)",
+        ),
+        Malformed(why) | Bad(why) => ("400 Bad Request", why),
         Token => (
             "401 Unauthorized",
-            "token missing or wrong: send Authorization: Bearer TOKEN",
+            "token missing or wrong (Authorization: Bearer TOKEN)",
         ),
-        Forbidden(why) => ("403 Forbidden", *why),
-        CannotRun(why) => ("403 Forbidden", why.as_str()),
+        Forbidden(why) => ("403 Forbidden", why),
+        CannotRun(_, why) => ("403 Forbidden", why),
+        NoProgram(_, why) => ("404 Not Found", why),
         NoSuchPath => ("404 Not Found", "no such path: there are / and /run"),
-        NoProgram(why) => ("404 Not Found", why.as_str()),
         Method(_) => ("405 Method Not Allowed", "method not for this path"),
         Late => ("408 Request Timeout", "request did not arrive in time"),
         FormTooLarge => ("413 Content Too Large", "form over 64 KiB"),
         LineTooLong => (
             "414 URI Too Long",
-            "request line over 8 KiB: send a long command as a form",
+            "request line over 8 KiB: a form may be longer",
         ),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
         Misdirected => (
             "421 Misdirected Request",
-            "Host is not this server's address: another name needs a token",
+            "Host is not this address: names need a token",
         ),
         HeadTooLarge => (
             "431 Request Header Fields Too Large",
             "head over 16 KiB or 100 fields",
         ),
-        Coding => ("501 Not Implemented", "transfer coding other than chunked"),
+        Coding => ("501 Not Implemented", "transfer coding not implemented"),
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
-        Busy(why) => ("503 Service Unavailable", *why),
+        Busy(why) => ("503 Service Unavailable", why),
         Version => ("505 HTTP Version Not Supported", "HTTP version is not 1.x"),
-        Repeated => (
-            "204 No Content",
-            "a reconnect runs nothing again (Last-Event-ID)",
-        ),
-    };
-    (status, why.to_string())
-}
-
-fn field(head: &mut Vec<u8>, name: &str, value: impl Display) {
-    head.extend_from_slice(format!("{name}: {value}\r\n").as_bytes());
-}
-
-fn end(mut head: Vec<u8>) -> Vec<u8> {
-    head.extend_from_slice(b"\r\n");
-    head
+    }
 }

@@ -5,16 +5,13 @@
 //! a command: the client, the leader's exit, time, and the server's own end. The way not taken, a thread for each of these, costs more
 //! per run than the spawn and needs locks where this needs none.
 
-use crate::child::{Child, Feed};
-use crate::listener::Connection;
+use crate::child::{Child, Feed, Piece};
 use crate::log::{self, Quoted};
-use crate::output::{Source, Stream};
-use crate::sys;
+use crate::{listener::Connection, output::Stream, sys};
 use std::io::{ErrorKind, Write};
-use std::os::unix::process::ExitStatusExt;
-use std::sync::mpsc::RecvTimeoutError;
-use std::thread;
+use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
 use std::time::{Duration, Instant};
+use std::{os::unix::prelude::*, thread};
 
 /// How often a silent stream looks around, and the longest that a write blocks in one call. A client that is gone may take two
 /// looks to tell from one that has only finished sending; its command is to be told within half a second.
@@ -27,9 +24,7 @@ const AFTER_KILL: Duration = Duration::from_millis(100);
 /// How long content that goes on coming after the command's end is waited for.
 const CONTENT_REST: Duration = Duration::from_secs(1);
 const MOMENT: Duration = Duration::from_millis(1);
-/// So much of a piece is encoded before what is encoded is sent: a byte can become six.
-const SLICE: usize = 32 << 10;
-/// What is ready is sent in one write, once it is about this long.
+/// What is ready is sent in one write, once it is about this long; a last piece may add six times its length.
 const BATCH: usize = 64 << 10;
 
 /// The options that bound a command's life.
@@ -104,11 +99,11 @@ impl Run<'_> {
         loop {
             let patience = self.patience();
             match self.child.pieces.recv_timeout(patience) {
-                Ok((source, piece)) => self.pass_on(source, &piece),
-                Err(RecvTimeoutError::Timeout) => self.look(),
-                Err(RecvTimeoutError::Disconnected) if self.child.exited() => return,
+                Ok(piece) => self.pass_on(piece),
+                Err(Timeout) => self.look(),
+                Err(Disconnected) if self.child.exited() => return,
                 // A leader exits right after its pipes have ended, or, having closed them, at any time.
-                Err(RecvTimeoutError::Disconnected) => {
+                Err(Disconnected) => {
                     thread::sleep(nap.min(patience));
                     if nap >= patience {
                         self.look();
@@ -155,25 +150,21 @@ impl Run<'_> {
     }
 
     /// Encodes a piece, and those that are ready behind it, up to a batch: the loop has more to do than an endless output.
-    fn pass_on(&mut self, mut source: Source, piece: &[u8]) {
-        let mut piece = std::borrow::Cow::from(piece);
+    fn pass_on(&mut self, mut piece: Piece) {
         loop {
-            self.bytes[source as usize] += piece.len() as u64;
+            let (source, bytes) = &piece;
+            self.bytes[*source as usize] += bytes.len() as u64;
             if self.limits.verbose {
-                self.log(source.name(), format_args!("out={}", Quoted(&piece)));
+                self.log(source.name(), format_args!("out={}", Quoted(bytes)));
             }
-            let mut sent = false;
-            for slice in piece.chunks(SLICE) {
-                self.stream.piece(source, slice);
-                if self.stream.batch.len() >= BATCH {
-                    self.send();
-                    sent = true;
-                }
+            self.stream.piece(*source, bytes);
+            if self.stream.batch.len() >= BATCH {
+                break;
             }
-            match self.child.pieces.try_recv() {
-                Ok(next) if !sent => (source, piece) = (next.0, next.1.into()),
-                _ => break,
-            }
+            let Ok(next) = self.child.pieces.try_recv() else {
+                break;
+            };
+            piece = next;
         }
         self.send();
         self.heard = Instant::now();

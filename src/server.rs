@@ -1,23 +1,17 @@
 //! The accept loop, the connection cap, the shutdown, and the path of one connection.
 
 use crate::child::{Child, Feed, thread_builder};
-use crate::config::Config;
-use crate::listener::{Connection, Listener};
+use crate::listener::{Connection, Input, Listener};
 use crate::log::{self, Quoted};
 use crate::output::{Format, Stream};
-use crate::policy::Order;
-use crate::request::{Incoming, Refusal, Request, form_value};
-use crate::response::{self, Answer, CONTINUE, PAGE_METHODS, RUN_METHODS, Reply};
+use crate::request::{Answer, Head, Request, Result, form_value};
+use crate::response::{self, CONTINUE, Manner, PAGE_METHODS, RUN_METHODS};
 use crate::run::{self, TICK};
-use crate::sys;
-use std::fs::File;
-use std::io::{self, BufRead, ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::thread;
+use crate::{config::Config, policy::Order, sys};
+use std::io::{self, ErrorKind, prelude::*};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
+use std::{fs::File, net::Shutdown, sync::Arc, thread};
 
 /// In which a head must have arrived whole, and a form; however it trickles.
 const REQUEST_TIME: Duration = Duration::from_secs(10);
@@ -26,18 +20,15 @@ const IDLE_TIME: Duration = Duration::from_secs(30);
 /// Content that nobody asked for is read up to here, so that the connection can go on.
 const MOST_SKIPPED: u64 = 1 << 20;
 const LARGEST_FORM: u64 = 64 << 10;
-/// How long a client that was refused may go on sending before its connection is closed on it, and how long it may pause.
-const LINGER: Duration = Duration::from_secs(30);
+/// How long a client that was told that the connection ends may pause in sending; fifteen times that it may go on.
 const LINGER_PAUSE: Duration = Duration::from_secs(2);
 /// `accept` fails at once as long as descriptors are out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Clients beyond the cap that are being told so.
+const MOST_REFUSED: usize = 256;
 /// What the server's end may take beyond `--grace`, and after a second signal.
 const AFTER_GRACE: Duration = Duration::from_millis(900);
 const AFTER_SECOND_SIGNAL: Duration = Duration::from_millis(400);
-/// Connections that wait to be turned away, and for their clients to have read so.
-const MOST_PARTING: usize = 256;
-
-const NO_PLACE: Refusal = Refusal::Busy("no place for another connection");
 
 struct Server {
     config: Config,
@@ -55,266 +46,240 @@ pub fn serve(listener: &Listener, config: Config) -> io::Result<()> {
         null,
         runs: AtomicUsize::new(0),
     });
-    let (refused, to_refuse) = sync_channel(MOST_PARTING);
-    thread_builder().spawn(move || turn_away(&to_refuse))?;
-    accept_connections(&server, listener, &refused);
+    server.accept_connections(listener);
     log::line(format_args!("shutdown"));
     server.wait_for_runs();
     Ok(())
 }
 
-fn accept_connections(
-    server: &Arc<Server>,
-    listener: &Listener,
-    refused: &SyncSender<Arc<Connection>>,
-) {
-    let spare = || server.null.try_clone().ok();
-    // Given up when descriptors are out, so that a client more can be told so.
-    let mut reserve = spare();
-    while sys::signals() == 0 {
-        let Ok(connection) = listener.accept(TICK, server.config.limits.stall) else {
-            if reserve.take().is_none() {
+impl Server {
+    fn accept_connections(self: &Arc<Server>, listener: &Listener) {
+        let spare = || self.null.try_clone().ok();
+        // Given up when descriptors are out, so that a client more can be told so.
+        let mut reserve = spare();
+        while sys::signals() == 0 {
+            if let Ok(connection) = listener.accept(TICK, self.config.limits.stall) {
+                reserve = reserve.or_else(spare);
+                self.start_conversation(Arc::new(connection));
+            } else if reserve.take().is_none() {
                 thread::sleep(ACCEPT_PAUSE);
                 reserve = spare();
             }
-            continue;
-        };
-        reserve = reserve.or_else(spare);
-        let connection = Arc::new(connection);
-        if !server.converse_in_thread(connection.clone()) {
-            log_refusal(&connection, "", &NO_PLACE);
-            // A flood that outruns the thread that turns away is cut off.
-            let _ = refused.try_send(connection);
         }
     }
-}
 
-/// Tells clients that there is no place for them, and keeps each connection until its client has read so, or long enough.
-fn turn_away(refused: &Receiver<Arc<Connection>>) {
-    let mut parting: Vec<(Instant, Arc<Connection>)> = Vec::new();
-    loop {
-        let patience = if parting.is_empty() {
-            LINGER
-        } else {
-            ACCEPT_PAUSE
+    /// Serves a connection in a thread of its own, or says in one that there are too many.
+    fn start_conversation(self: &Arc<Server>, connection: Arc<Connection>) {
+        // Each connection's thread holds the server, as does this one.
+        let others = Arc::strong_count(self) - 1;
+        let (server, own) = (self.clone(), connection.clone());
+        let converse = move || match others < server.config.max_connections {
+            true => server.converse(own),
+            false => server.turn_away(&own, LINGER_PAUSE),
         };
-        match refused.recv_timeout(patience) {
-            Ok(connection) => {
-                let answer = Answer {
-                    close: true,
-                    head_only: false,
-                    foreign_origin: None,
-                };
-                let _ = connection.socket.set_nonblocking(true);
-                let _ = (&connection.socket).write(&answer.render(&NO_PLACE.into()));
-                let _ = connection.socket.shutdown(Shutdown::Write);
-                parting.truncate(MOST_PARTING);
-                parting.push((Instant::now(), connection));
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return,
+        let room = others < self.config.max_connections + MOST_REFUSED;
+        if !room || thread_builder().spawn(converse).is_err() {
+            self.turn_away(&connection, ACCEPT_PAUSE);
         }
-        parting.retain(|(since, connection)| {
-            let open = match (&connection.socket).read(&mut [0; 4096]) {
-                Ok(length) => length > 0,
-                Err(error) => error.kind() == ErrorKind::WouldBlock,
-            };
-            open && since.elapsed() < LINGER_PAUSE
-        });
     }
-}
 
-impl Server {
-    /// Serves a connection in a thread of its own, if there may be one more and the thread can be had.
-    fn converse_in_thread(self: &Arc<Server>, connection: Arc<Connection>) -> bool {
-        // Each connection's thread holds the server, as does the accepting one.
-        let room = Arc::strong_count(self) <= self.config.max_connections;
-        let server = self.clone();
-        room && thread_builder()
-            .spawn(move || server.converse(connection))
-            .is_ok()
+    fn turn_away(&self, connection: &Connection, pause: Duration) {
+        let answer = Answer::Busy("no place for another connection");
+        self.reply(connection, &Head::default(), &answer, true);
+        linger(connection, pause);
     }
 
     /// The requests of a connection, one after the other.
     fn converse(&self, connection: Arc<Connection>) {
-        let mut incoming = Incoming::new(Connection::input(&connection));
-        incoming.input.get_mut().allow(REQUEST_TIME);
-        while let Some(mut next) = self.exchange(&connection, incoming) {
-            next.input.get_mut().allow(IDLE_TIME);
-            if next.input.fill_buf().map_or(true, <[u8]>::is_empty) {
+        let mut request = Request::new(Input::new(connection.clone()));
+        loop {
+            request.input.get_mut().allow(REQUEST_TIME);
+            let Some(next) = self.exchange(&connection, request) else {
+                return;
+            };
+            request = next;
+            request.input.get_mut().allow(IDLE_TIME);
+            if request.input.fill_buf().map_or(true, <[u8]>::is_empty) {
                 return;
             }
-            next.input.get_mut().allow(REQUEST_TIME);
-            incoming = next;
         }
     }
 
-    /// A request and its answer. Gives back what another request may follow in.
-    fn exchange(&self, connection: &Connection, incoming: Feed) -> Option<Feed> {
-        let mut request = Request::default();
-        let mut incoming = Some(incoming);
-        let checked = self.check(connection, &mut request, incoming.as_mut()?);
-        let done = checked.and_then(|order| self.run(connection, &request, &order, &mut incoming));
-        let mut close = request.wants_close() || sys::signals() > 0;
-        if let Err(reply) = done {
-            // Whether a client that was not told to go on sends its content all the same cannot be known.
-            let ignored = |feed: &Feed| feed.awaits_continue || feed.known_length() > MOST_SKIPPED;
-            close |= reply.breaks_framing() || incoming.as_ref().is_none_or(ignored);
-            match &reply {
-                Reply::Refusal(Refusal::Gone) => return None,
-                Reply::Refusal(refusal) => log_refusal(connection, &request.target, refusal),
-                _ => {}
+    /// A request and its answer. Gives the input back where another request may follow.
+    fn exchange(&self, connection: &Connection, request: Feed) -> Option<Feed> {
+        let mut request = Some(request);
+        let order = self.check(connection, request.as_mut()?);
+        let close = request.as_ref()?.head.wants_close();
+        let done = order.and_then(|order| self.run(connection, &order, &mut request));
+        let close = match (done, &request) {
+            (Ok(()), _) => close,
+            (Err(Answer::Gone), _) | (_, None) => return None,
+            (Err(answer), Some(request)) => {
+                // Whether a client that was not told to go on sends its content all the same cannot be known.
+                let close = close || request.awaits_continue || request.left > MOST_SKIPPED;
+                let close = close || response::breaks_framing(&answer);
+                self.reply(connection, &request.head, &answer, close);
+                close
             }
-            let answer = self.answer(&request, close).render(&reply);
-            self.write(connection, &answer).ok()?;
+        };
+        let next = request
+            .filter(|_| !close && sys::signals() == 0)
+            .and_then(skip_content);
+        if next.is_none() {
+            linger(connection, LINGER_PAUSE);
         }
-        let goes_on = incoming.filter(|_| !close).and_then(skip_content);
-        if goes_on.is_none() {
-            linger(&connection.socket);
-        }
-        goes_on
+        next
     }
 
-    /// Reads a request and checks it, in the order in which refusals take precedence. What asks for no command is answered at once.
-    fn check(
-        &self,
-        connection: &Connection,
-        request: &mut Request,
-        incoming: &mut Feed,
-    ) -> Result<Order, Reply> {
-        let policy = &self.config.policy;
-        incoming.read_head(request)?;
-        if incoming.begins_malformed(incoming.input.buffer()) {
-            return Err(Refusal::Malformed("malformed chunk").into());
+    /// Reads a request and checks it, in the order in which answers take precedence.
+    fn check(&self, connection: &Connection, request: &mut Feed) -> Result<Order> {
+        request.read_head()?;
+        if request.begins_malformed(request.input.buffer()) {
+            return Err(Answer::Malformed("malformed chunk"));
         }
-        policy.host(request, connection.local)?;
-        let (path, method) = (request.path.as_str(), request.method.as_str());
+        let (policy, head) = (&self.config.policy, &request.head);
+        let (path, method) = (head.path.as_str(), head.method.as_str());
+        policy.host(head, connection.local)?;
         if path != "/" || !matches!(method, "GET" | "HEAD") {
-            policy.browser(request)?;
+            policy.browser(head)?;
         }
         let methods = match path {
             "/" => PAGE_METHODS,
             "/run" | "*" => RUN_METHODS,
-            _ => return Err(Refusal::NoSuchPath.into()),
+            _ => return Err(Answer::NoSuchPath),
         };
         match (path, method) {
-            (_, "OPTIONS") => return Err(Reply::Options(methods)),
-            ("/", "GET" | "HEAD") => return Err(Reply::Page),
+            (_, "OPTIONS") => return Err(Answer::Options(methods)),
+            ("/", "GET" | "HEAD") => return Err(Answer::Page),
             ("/run", "GET" | "HEAD" | "POST") => {}
-            (_, "GET" | "HEAD" | "POST") => return Err(Refusal::Method(methods).into()),
-            _ => return Err(Refusal::UnknownMethod.into()),
+            (_, "GET" | "HEAD" | "POST") => return Err(Answer::Method(methods)),
+            _ => return Err(Answer::UnknownMethod),
         }
-        policy.token(request)?;
-        if !request.all("last-event-id").is_empty() {
-            return Err(Refusal::Repeated.into());
+        policy.token(head)?;
+        if !head.all("last-event-id").is_empty() {
+            return Err(Answer::Repeated);
         }
-        let query = request.query.as_bytes();
+        let (query, only_head) = (head.query.as_bytes(), method == "HEAD");
         let in_content = method == "POST" && form_value(query, b"command")?.is_none();
         let order = match in_content {
-            true => policy.command(&self.read_form(connection, incoming)?)?,
+            true => policy.command(&self.read_form(connection, request)?)?,
             false => policy.command(query)?,
         };
-        if method == "HEAD" {
-            Err(Reply::Head(format_for(request)))
+        if only_head {
+            Err(Answer::Head(format_for(&request.head)))
         } else {
             Ok(order)
         }
     }
 
     /// Content that is a form.
-    fn read_form(&self, connection: &Connection, incoming: &mut Feed) -> Result<Vec<u8>, Refusal> {
+    fn read_form(&self, connection: &Connection, request: &mut Feed) -> Result<Vec<u8>> {
         let mut form = Vec::new();
-        if incoming.known_length() <= LARGEST_FORM && std::mem::take(&mut incoming.awaits_continue)
-        {
-            self.write(connection, CONTINUE)
-                .map_err(|_| Refusal::Gone)?;
+        if request.left <= LARGEST_FORM && std::mem::take(&mut request.awaits_continue) {
+            self.write(connection, CONTINUE);
         }
-        incoming.input.get_mut().allow(REQUEST_TIME);
-        while form.len() as u64 + incoming.known_length() <= LARGEST_FORM {
-            let piece = incoming.piece()?;
-            if piece.is_empty() {
-                return Ok(form);
-            }
+        request.input.get_mut().allow(REQUEST_TIME);
+        while form.len() as u64 + request.left <= LARGEST_FORM {
+            let piece = request.piece()?;
             form.extend_from_slice(piece);
-            let length = piece.len();
-            incoming.take(length);
+            match piece.len() {
+                0 => return Ok(form),
+                length => request.take(length),
+            }
         }
-        Err(Refusal::FormTooLarge)
+        Err(Answer::FormTooLarge)
     }
 
-    /// Runs a command and streams it. Content, if there is any, is its standard input.
+    /// Runs a command and streams it. A request's content, if there is any, is its standard input.
     fn run(
         &self,
         connection: &Connection,
-        request: &Request,
         order: &Order,
-        incoming: &mut Option<Feed>,
-    ) -> Result<(), Reply> {
+        request: &mut Option<Feed>,
+    ) -> Result<()> {
         // Counted before the signals are looked at: a server that ends sees the count, or this sees that it ends.
-        let _counted = Counted::new(&self.runs);
-        if sys::signals() > 0 {
-            return Err(Refusal::Busy("the server is shutting down").into());
-        }
-        let format = format_for(request);
-        let fed = |feed: &Feed| request.method == "POST" && !feed.is_at_end();
-        let awaits_continue = incoming.as_ref().is_some_and(|feed| feed.awaits_continue);
-        let mut feed = incoming.take_if(|feed| fed(feed));
-        let child = Child::start(&order.words, &self.null, &mut feed);
-        *incoming = feed.or(incoming.take());
-        let child = child.map_err(|refusal| failure(connection, refusal, format))?;
-        let (peer, pid) = (&connection.peer, child.pid());
-        log::line(format_args!(
-            "run peer={peer} pid={pid} command={}",
-            Quoted(&order.line)
-        ));
-        let mut head = if awaits_continue {
+        self.runs.fetch_add(1, SeqCst);
+        let done = match sys::signals() {
+            0 => self.run_counted(connection, order, request),
+            _ => Err(Answer::Busy("the server is shutting down")),
+        };
+        self.runs.fetch_sub(1, SeqCst);
+        done
+    }
+
+    fn run_counted(
+        &self,
+        connection: &Connection,
+        order: &Order,
+        request: &mut Option<Feed>,
+    ) -> Result<()> {
+        let Some(Request {
+            head,
+            awaits_continue,
+            ..
+        }) = request
+        else {
+            return Err(Answer::Gone);
+        };
+        let format = format_for(head);
+        let mut start = if *awaits_continue {
             CONTINUE.to_vec()
         } else {
             Vec::new()
         };
-        head.extend(self.answer(request, request.wants_close()).stream(format));
-        let (complete, feed) = run::run(
-            child,
-            connection,
-            &self.config.limits,
-            Stream::new(format, head),
-        );
-        *incoming = incoming.take().or(feed);
-        if complete {
-            Ok(())
-        } else {
-            Err(Refusal::Gone.into())
-        }
+        start.extend(self.manner(head, head.wants_close()).stream(format));
+        let fed = head.method == "POST";
+        let mut feed = request.take_if(|request| fed && !request.is_at_end());
+        let child = Child::start(&order.words, &self.null, &mut feed, format);
+        *request = request.take().or(feed);
+        let child = child?;
+        let (peer, pid, command) = (&connection.peer, child.pid(), Quoted(&order.line));
+        log::line(format_args!("run peer={peer} pid={pid} command={command}"));
+        let stream = Stream::new(format, start);
+        let (complete, feed) = run::run(child, connection, &self.config.limits, stream);
+        *request = request.take().or(feed);
+        if complete { Ok(()) } else { Err(Answer::Gone) }
     }
 
-    fn answer<'a>(&self, request: &'a Request, close: bool) -> Answer<'a> {
-        let foreign_origin = self.config.policy.foreign_origin(request);
-        Answer {
+    /// Answers with anything but a command's output.
+    fn reply(&self, connection: &Connection, head: &Head, answer: &Answer, close: bool) {
+        let (status, why) = response::explain(answer);
+        if !why.is_empty() {
+            let (peer, code) = (&connection.peer, &status[..3]);
+            let (target, why) = (Quoted(head.target.as_bytes()), Quoted(why.as_bytes()));
+            log::line(format_args!(
+                "refuse peer={peer} status={code} target={target} why={why}"
+            ));
+        }
+        self.write(connection, &self.manner(head, close).render(answer));
+    }
+
+    fn manner<'a>(&self, head: &'a Head, close: bool) -> Manner<'a> {
+        let foreign_origin = self.config.policy.foreign_origin(head);
+        Manner {
             close,
-            head_only: request.method == "HEAD",
+            head_only: head.method == "HEAD",
             foreign_origin,
         }
     }
 
-    /// Writes an answer whole, unless the client is gone or does not read.
-    fn write(&self, connection: &Connection, mut bytes: &[u8]) -> io::Result<()> {
+    /// Writes an answer whole, unless the client is gone or does not read, as the next read will tell.
+    fn write(&self, connection: &Connection, mut bytes: &[u8]) {
         let deadline = Instant::now() + self.config.limits.stall;
-        while !bytes.is_empty() {
+        while !bytes.is_empty() && Instant::now() < deadline {
             match (&connection.socket).write(bytes) {
                 Ok(length) => bytes = &bytes[length..],
-                Err(error)
-                    if error.kind() == ErrorKind::WouldBlock && Instant::now() < deadline => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
+                Err(_) => return,
             }
         }
-        Ok(())
     }
 
     /// Waits for the commands to end, which they do by themselves once a signal has come.
     fn wait_for_runs(&self) {
         let mut deadline = Instant::now() + self.config.limits.grace + AFTER_GRACE;
-        while self.runs.load(Ordering::SeqCst) > 0 && Instant::now() < deadline {
+        while self.runs.load(SeqCst) > 0 && Instant::now() < deadline {
             if sys::signals() > 1 {
                 deadline = deadline.min(Instant::now() + AFTER_SECOND_SIGNAL);
             }
@@ -324,74 +289,35 @@ impl Server {
 }
 
 /// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
-fn format_for(request: &Request) -> Format {
-    let plain =
-        request.lists("accept", "text/plain") && !request.lists("accept", "text/event-stream");
+fn format_for(head: &Head) -> Format {
+    let plain = head.lists("accept", "text/plain") && !head.lists("accept", "text/event-stream");
     Format {
         events: !plain,
-        chunked: request.minor > 0,
+        chunked: head.minor > 0,
     }
 }
 
-/// A command that could not be started is an event stream that says so, where no status can.
-fn failure(connection: &Connection, refusal: Refusal, format: Format) -> Reply {
-    let (code, why) = match refusal {
-        Refusal::NoProgram(why) if format.events => (127, why),
-        Refusal::CannotRun(why) if format.events => (126, why),
-        other => return other.into(),
-    };
-    let (peer, quoted) = (&connection.peer, Quoted(why.as_bytes()));
-    log::line(format_args!(
-        "exit peer={peer} out=failed code={code} why={quoted}"
-    ));
-    Reply::Failed(format, code, why)
-}
-
 /// Reads what is left of a request's content, if that is not too much: the next request comes after it.
-fn skip_content(mut incoming: Feed) -> Option<Feed> {
-    incoming.input.get_mut().allow(REQUEST_TIME);
+fn skip_content(mut request: Feed) -> Option<Feed> {
+    request.input.get_mut().allow(REQUEST_TIME);
     let mut skipped = 0;
     while skipped <= MOST_SKIPPED {
-        let length = incoming.piece().ok()?.len();
+        let length = request.piece().ok()?.len();
         if length == 0 {
-            return Some(incoming);
+            return Some(request);
         }
-        incoming.take(length);
+        request.take(length);
         skipped += length as u64;
     }
     None
 }
 
-/// Says that nothing more comes, and reads what still does: closing a socket with unread input would send a reset, which can eat
-/// the answer on its way (RFC 9112 section 9.6).
-fn linger(mut socket: &TcpStream) {
+/// Says that nothing more comes, and reads what still does, until the client pauses: closing a socket with unread input would send a
+/// reset, which can eat the answer on its way (RFC 9112 section 9.6).
+fn linger(connection: &Connection, pause: Duration) {
+    let mut socket = &connection.socket;
     let _ = socket.shutdown(Shutdown::Write);
-    let _ = socket.set_read_timeout(Some(LINGER_PAUSE));
-    let deadline = Instant::now() + LINGER;
+    let _ = socket.set_read_timeout(Some(pause));
+    let deadline = Instant::now() + pause * 15;
     while Instant::now() < deadline && socket.read(&mut [0; 4096]).is_ok_and(|length| length > 0) {}
-}
-
-fn log_refusal(connection: &Connection, target: &str, refusal: &Refusal) {
-    let (status, why) = response::explain(refusal);
-    let (peer, code) = (&connection.peer, &status[..3]);
-    let (target, why) = (Quoted(target.as_bytes()), Quoted(why.as_bytes()));
-    log::line(format_args!(
-        "refuse peer={peer} status={code} target={target} why={why}"
-    ));
-}
-
-/// Adds one to a counter for as long as it lives, however its owner ends.
-struct Counted<'a>(&'a AtomicUsize);
-
-impl<'a> Counted<'a> {
-    fn new(counter: &'a AtomicUsize) -> Counted<'a> {
-        counter.fetch_add(1, Ordering::SeqCst);
-        Counted(counter)
-    }
-}
-
-impl Drop for Counted<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
-    }
 }

@@ -72,12 +72,11 @@ fn decoded(pieces: &[&[u8]]) -> String {
     for piece in pieces {
         stream.piece(Source::Stdout, piece);
     }
-    stream.end_of(Source::Stdout);
-    events(&stream.batch)
-        .iter()
-        .map(|(_, data)| unescape(data))
-        .inspect(|text| assert!(!text.is_empty()))
-        .collect()
+    stream.exit("exited", ExitStatus::from_raw(0), 0, [0, 0]);
+    let mut events = events(&stream.batch);
+    assert_eq!(events.pop().map(|last| last.0).as_deref(), Some("exit"));
+    let texts = events.iter().map(|(_, data)| unescape(data));
+    texts.inspect(|text| assert!(!text.is_empty())).collect()
 }
 
 #[test]
@@ -85,11 +84,7 @@ fn the_contract_s_example() {
     let mut stream = stream();
     stream.start(4711);
     stream.piece(Source::Stdout, b"total 12\n");
-    encoder.piece(
-        Source::Stderr,
-        b"ls: x: No such file or directory\n",
-        &mut out,
-    );
+    stream.piece(Source::Stderr, b"ls: x: No such file or directory\n");
     stream.error("a \"word\"");
     stream.exit("exited", ExitStatus::from_raw(2 << 8), 6, [9, 33]);
     stream.exit("killed", ExitStatus::from_raw(9), 7, [0, 0]);
@@ -173,13 +168,48 @@ fn stdout_and_stderr_carry_apart() {
     stream.piece(Source::Stdout, b"\xac");
     stream.piece(Source::Stderr, b"\xa9");
     let expected = [
-        ("stdout", r#"{"type":"stdout","out":"€"}"#),
-        ("stderr", r#"{"type":"stderr","out":"é"}"#),
+        ("stdout", "{\"type\":\"stdout\",\"out\":\"\u{20ac}\"}"),
+        ("stderr", "{\"type\":\"stderr\",\"out\":\"\u{e9}\"}"),
     ];
     assert_eq!(
         events(&stream.batch),
         expected.map(|(event, data)| (event.to_string(), data.to_string()))
     );
+}
+
+#[test]
+fn a_batch_is_a_chunk() {
+    let format = Format {
+        events: false,
+        chunked: true,
+    };
+    let mut stream = Stream::new(format, b"head ".to_vec());
+    stream.piece(Source::Stdout, &[b'x'; 300]);
+    stream.piece(Source::Stderr, b"y");
+    assert_eq!(
+        stream.take(),
+        [b"head 0012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat()
+    );
+    stream.comment();
+    stream.error("not in plain text");
+    stream.piece(Source::Stdout, b"");
+    assert_eq!(stream.take(), b"");
+    stream.exit("exited", ExitStatus::from_raw(3 << 8), 0, [0, 0]);
+    assert_eq!(stream.take(), b"0\r\nExit-Code: 3\r\n\r\n");
+    let mut stream = Stream::new(format, Vec::new());
+    stream.exit("killed", ExitStatus::from_raw(15), 0, [0, 0]);
+    assert_eq!(stream.take(), b"0\r\nExit-Signal: 15\r\n\r\n");
+    let mut stream = Stream::new(
+        Format {
+            events: true,
+            chunked: true,
+        },
+        Vec::new(),
+    );
+    stream.piece(Source::Stdout, b"\xc3");
+    assert_eq!(stream.take(), b"");
+    stream.comment();
+    assert_eq!(stream.take(), b"00002\r\n:\n\r\n");
 }
 
 /// Every byte at every place of a word, beside every neighbour that could borrow from it.
