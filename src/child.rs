@@ -45,7 +45,8 @@ pub struct Child {
 }
 
 struct Feeder {
-    thread: JoinHandle<Option<Feed>>,
+    /// Gives the rest of the request back, and a pipe whose content broke off: a command is not to take the part for the whole.
+    thread: JoinHandle<Option<(Feed, Option<File>)>>,
     hand_over: SyncSender<Feed>,
     interrupted: Arc<AtomicBool>,
     /// The content turned out malformed, or broke off.
@@ -145,7 +146,7 @@ impl Child {
             }
             thread::sleep(Duration::from_micros(200));
         }
-        feeder.thread.join().ok().flatten()
+        Some(feeder.thread.join().ok()??.0)
     }
 }
 
@@ -164,10 +165,12 @@ impl Feeder {
         let broken = Arc::new(AtomicBool::new(false));
         let breaks = broken.clone();
         let thread = thread_builder().spawn(move || {
-            let mut feed = handed.recv().ok()?;
-            let result = write_content(&mut feed, pipe.into());
-            breaks.store(result.is_err(), SeqCst);
-            Some(feed)
+            let (mut feed, mut pipe) = (handed.recv().ok()?, Some(File::from(pipe)));
+            if write_content(&mut feed, &mut pipe).is_err() {
+                breaks.store(true, SeqCst);
+                return Some((feed, pipe));
+            }
+            Some((feed, None))
         })?;
         let feeder = Feeder {
             thread,
@@ -220,8 +223,7 @@ fn read_pipe(source: Source, mut pipe: File, stop: &AtomicBool, pieces: &SyncSen
 
 /// Writes content to a command as it comes. What a command that has closed its input does not want is read all the same, up to its end,
 /// since the next request comes after it.
-fn write_content(feed: &mut Feed, pipe: File) -> Result<()> {
-    let mut pipe = Some(pipe);
+fn write_content(feed: &mut Feed, pipe: &mut Option<File>) -> Result<()> {
     loop {
         let piece = feed.piece()?;
         if piece.is_empty() {
@@ -232,7 +234,7 @@ fn write_content(feed: &mut Feed, pipe: File) -> Result<()> {
             None => {}
             Some(Ok(length)) => taken = length,
             Some(Err(error)) if error.kind() == ErrorKind::Interrupted => taken = 0,
-            Some(Err(_)) => pipe = None,
+            Some(Err(_)) => *pipe = None,
         }
         feed.take(taken);
         if feed.input.get_ref().interrupted.load(SeqCst) {

@@ -138,7 +138,9 @@ fn host_name(authority: &str) -> Option<String> {
         .map(|at| start_of_port + at);
     let (host, port) = authority.split_at(colon.unwrap_or(authority.len()));
     let in_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=[]:".contains(c);
-    let good = !host.is_empty() && host.chars().all(in_host);
+    let good = !host.is_empty()
+        && host.chars().all(in_host)
+        && host.starts_with('[') == host.ends_with(']');
     (good && port.chars().skip(1).all(|c| c.is_ascii_digit())).then(|| host.to_ascii_lowercase())
 }
 

@@ -1,1 +1,387 @@
+//! Section 6: what a command gets, and how it ends.
 
+use crate::support::*;
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+#[test]
+fn what_a_command_gets() {
+    let mut command = Command::new("sh");
+    // Started by somebody who ignores signals, keeps descriptors open and has set a variable.
+    let script = "trap '' CHLD HUP INT QUIT USR1 PIPE; exec 7</etc/passwd 9>/dev/null; exec \"$0\" --listen 127.0.0.1:0";
+    command
+        .args(["-c", script, BINARY])
+        .env("MARK", "there")
+        .current_dir("/usr");
+    let server = Server::start_command(command);
+    let run = |command: &str| output(&server.run(command), "stdout");
+    assert_eq!(run("sh -c 'pwd; echo $MARK'"), "/usr\nthere\n");
+    let status = run("cat /proc/self/status");
+    for field in ["SigBlk:", "SigIgn:", "SigCgt:"] {
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix(field))
+            .unwrap();
+        // glibc's spawn ignores the two signals that it keeps for itself, 32 and 33.
+        let signals = u64::from_str_radix(line.trim(), 16).unwrap() & !(3 << 31);
+        assert_eq!(signals, 0, "{field}{line}");
+    }
+    let descriptors = run("ls -l /proc/self/fd");
+    let links = descriptors.lines().filter(|line| line.contains(" -> "));
+    let names: Vec<_> = links
+        .filter_map(|line| line.split(" -> ").next()?.rsplit(' ').next())
+        .collect();
+    assert_eq!(names, ["0", "1", "2", "3"], "{descriptors}");
+    assert!(descriptors.contains("0 -> /dev/null"));
+    let (client, pid) = server.begin("sleep 1000");
+    assert_eq!(stat_field(pid, 2), Some(pid.to_string()));
+    drop(client);
+    assert_eq!(outcome(&server.run("sh -c 'exit 3'")), "exited:3");
+    // Every signal in /proc is the server's own, or reaches a command as its default.
+    assert_eq!(outcome(&server.run("sh -c 'kill -HUP $$'")), "killed:1");
+}
+
+/// Ends a stream in some way, and expects all processes whose ids it printed to be gone.
+fn ends_all(
+    server: &Server,
+    command: &str,
+    processes: usize,
+    end: impl FnOnce(Client),
+) -> Duration {
+    let (mut client, leader) = server.begin(command);
+    let mut printed = String::new();
+    while printed.matches("\\n").count() < processes {
+        printed.push_str(&client.read_until("\\n"));
+    }
+    let events = parse_events(printed.as_bytes());
+    let mut pids: Vec<u32> = output(&events, "stdout")
+        .lines()
+        .map(|line| line.parse().unwrap())
+        .collect();
+    pids.push(leader);
+    assert!(pids.iter().all(|&pid| is_alive(pid)));
+    let start = Instant::now();
+    end(client);
+    pids.into_iter().for_each(is_gone);
+    start.elapsed()
+}
+
+const FAMILY: &str = "sh -c 'sleep 1000 & echo $!; sh -c \"sleep 1001 & echo \\$!; wait\" & wait'";
+
+#[test]
+fn a_hang_up_kills_the_command_and_its_grandchildren() {
+    let server = Server::start(&[]);
+    let rest = server.at_rest();
+    let took = ends_all(&server, FAMILY, 2, drop);
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    let line = server.logged(&["exit", "out=gone"]);
+    assert!(
+        line.contains("signal=15") && line.contains("stdout_bytes="),
+        "{line}"
+    );
+    server.comes_to_rest(rest);
+}
+
+#[test]
+fn a_reset_kills() {
+    let server = Server::start(&[]);
+    let (client, pid) = server.begin("sh -c 'sleep 0.3; echo unread; sleep 1000'");
+    wait_for("output that nobody reads", || {
+        client
+            .stream
+            .get_ref()
+            .peek(&mut [0; 200])
+            .is_ok_and(|length| length > 0)
+    });
+    // Closing with unread input sends a reset.
+    drop(client);
+    is_gone(pid);
+}
+
+#[test]
+fn a_hang_up_kills_one_that_prints_one_that_is_stopped_and_one_that_ignores_sigterm() {
+    let server = Server::start(&["--grace", "0.5"]);
+    ends_all(
+        &server,
+        "sh -c 'echo $$; while :; do echo x >&2; done'",
+        1,
+        drop,
+    );
+    let took = ends_all(
+        &server,
+        "sh -c 'echo $$; kill -STOP $$; sleep 1000'",
+        1,
+        drop,
+    );
+    assert!(took < Duration::from_secs(5));
+    let stubborn = "sh -c 'trap \"\" TERM; echo $$; while :; do sleep 0.1; done'";
+    let took = ends_all(&server, stubborn, 1, drop);
+    assert!(took >= Duration::from_millis(500), "{took:?}");
+    wait_for("all to be logged", || {
+        server.log().matches("out=gone").count() == 3
+    });
+    assert!(server.log().contains("signal=9") && server.log().contains("signal=15"));
+}
+
+#[test]
+fn a_half_close_still_gets_its_answer() {
+    let server = Server::start(&[]);
+    let (mut client, _) = server.begin("sh -c 'sleep 1; echo late'");
+    client.half_close();
+    let events = client.rest();
+    assert_eq!(
+        (
+            output(&events, "stdout").as_str(),
+            outcome(&events).as_str()
+        ),
+        ("late\n", "exited:0")
+    );
+    // But it does not keep a command alive for nobody.
+    let (client, pid) = server.begin("sleep 1000");
+    client.half_close();
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(is_alive(pid));
+    drop(client);
+    is_gone(pid);
+    // Plain text has no comments by which to find out.
+    let mut client = server.connect();
+    client.write(format!(
+        "GET /run?command=sleep+1000 HTTP/1.1\r\nHost: {}\r\nAccept: text/plain\r\n\r\n",
+        server.address
+    ));
+    assert_eq!(client.head().status, 200);
+    client.half_close();
+    wait_for("the command to be killed", || {
+        server.children().is_empty() && server.log().matches("out=gone").count() == 2
+    });
+}
+
+#[test]
+fn a_client_that_does_not_read_is_given_up() {
+    let server = Server::start(&["--stall", "1", "--grace", "0.5"]);
+    let (client, pid) = server.begin("yes");
+    is_gone(pid);
+    server.logged(&["exit", "out=stalled"]);
+    drop(client);
+    // Nor does it hold up a timeout.
+    let server = Server::start(&["--timeout", "1", "--grace", "0.5"]);
+    let (_client, pid) = server.begin("yes");
+    is_gone(pid);
+}
+
+#[test]
+fn a_client_that_reads_slowly_slows_the_command() {
+    let server = Server::start(&[]);
+    let (mut client, pid) = server.begin("yes");
+    let written = || {
+        let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+        io.lines()
+            .find_map(|line| line.strip_prefix("wchar: "))
+            .unwrap()
+            .to_string()
+    };
+    let mut last = written();
+    wait_for("the command to be held up", || {
+        std::thread::sleep(Duration::from_millis(300));
+        std::mem::replace(&mut last, written()) == last
+    });
+    // It goes on where the client does.
+    let mut buffer = vec![0; 1 << 20];
+    for _ in 0..30 {
+        client.stream.read_exact(&mut buffer).unwrap();
+    }
+    assert!(is_alive(pid));
+    drop(client);
+    is_gone(pid);
+}
+
+#[test]
+fn what_a_command_leaves_running_may_print_for_a_moment() {
+    let server = Server::start(&[]);
+    let start = Instant::now();
+    let events =
+        server.run("sh -c '(sleep 0.1; echo late; sleep 0.1; echo later; sleep 1000) & echo $!'");
+    let out = output(&events, "stdout");
+    let mut lines = out.lines();
+    let pid: u32 = lines.next().unwrap().parse().unwrap();
+    assert_eq!(
+        (lines.collect::<Vec<_>>(), outcome(&events).as_str()),
+        (vec!["late", "later"], "exited:0")
+    );
+    assert!(!is_alive(pid));
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+    // One that never pauses ends with the grace period.
+    let server = Server::start(&["--grace", "0.6"]);
+    let start = Instant::now();
+    assert_eq!(outcome(&server.run("sh -c 'yes & exit 5'")), "exited:5");
+    assert!(start.elapsed() >= Duration::from_millis(600));
+    // What has closed its streams is killed at once.
+    let events = server.run("sh -c 'sleep 1000 >/dev/null 2>&1 & echo $!'");
+    is_gone(output(&events, "stdout").trim().parse().unwrap());
+}
+
+#[test]
+fn an_escaped_process_holds_nothing() {
+    let server = Server::start(&["--grace", "0.5"]);
+    let rest = server.at_rest();
+    let events = server.run("sh -c 'setsid sh -c \"echo \\$\\$; exec sleep 1000\" & sleep 0.3'");
+    let pid: u32 = output(&events, "stdout").trim().parse().unwrap();
+    assert_eq!(outcome(&events), "exited:0");
+    assert!(is_alive(pid));
+    // Nor does one that prints without end, or one of a command that is killed.
+    let events = server.run("sh -c 'setsid sh -c \"echo \\$\\$; exec yes\" & sleep 0.3'");
+    let printer: u32 = output(&events, "stdout")
+        .lines()
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let (mut client, leader) =
+        server.begin("sh -c 'setsid sh -c \"echo \\$\\$; exec sleep 1000\" & sleep 1000'");
+    let third = output(&parse_events(client.read_until("\\n").as_bytes()), "stdout")
+        .trim()
+        .parse()
+        .unwrap();
+    drop(client);
+    is_gone(leader);
+    assert!(is_alive(third));
+    server.comes_to_rest(rest);
+    signal_process(pid, "KILL");
+    signal_process(third, "KILL");
+    // The pipe that it wrote to has gone with its readers.
+    is_gone(printer);
+}
+
+#[test]
+fn closed_streams_are_not_the_end() {
+    let server = Server::start(&[]);
+    let events = server.run("sh -c 'exec >&- 2>&-; sleep 0.5; exit 4'");
+    assert_eq!(outcome(&events), "exited:4");
+    assert!(events.last().unwrap().number("ms") >= 500);
+    let (client, pid) = server.begin("sh -c 'exec >&- 2>&-; exec sleep 1000'");
+    drop(client);
+    is_gone(pid);
+}
+
+#[test]
+fn signals_end_the_server_and_every_command() {
+    for signal in ["TERM", "INT", "HUP"] {
+        let mut server = Server::start(&["--grace", "1"]);
+        let (mut client, pid) = server.begin("sleep 1000");
+        let (mut stubborn, stubborn_pid) =
+            server.begin("sh -c 'trap \"\" TERM; echo ready; while :; do sleep 0.1; done'");
+        stubborn.read_until("ready");
+        let _idle = server.connect();
+        let start = Instant::now();
+        server.signal(signal);
+        let events = client.rest();
+        assert_eq!(
+            (events[0].event.as_str(), outcome(&events).as_str()),
+            ("err", "shutdown:15")
+        );
+        assert_eq!(outcome(&stubborn.rest()), "shutdown:9");
+        assert_eq!(server.exit_status().code(), Some(0));
+        assert!(start.elapsed() < Duration::from_secs(5));
+        assert!(!is_alive(pid) && !is_alive(stubborn_pid));
+        assert!(std::net::TcpStream::connect(&server.address).is_err());
+        server.logged(&["shutdown"]);
+    }
+}
+
+#[test]
+fn a_second_signal_does_not_wait() {
+    let mut server = Server::start(&["--grace", "1000"]);
+    let (mut client, pid) =
+        server.begin("sh -c 'trap \"\" TERM; echo ready; while :; do sleep 0.1; done'");
+    client.read_until("ready");
+    server.signal("TERM");
+    client.read_until("event: err");
+    assert!(is_alive(pid));
+    let start = Instant::now();
+    server.signal("TERM");
+    assert_eq!(server.exit_status().code(), Some(0));
+    assert!(
+        start.elapsed() < Duration::from_secs(3),
+        "{:?}",
+        start.elapsed()
+    );
+    is_gone(pid);
+}
+
+#[test]
+fn a_signal_amid_forty_spawns_leaves_nothing() {
+    for round in 0..5 {
+        let folder = Folder::new();
+        let mut server = Server::start(&["--grace", "1"]);
+        let mark = format!("{}", 100_000 + std::process::id() * 10 + round);
+        let clients: Vec<_> = (0..40)
+            .map(|_| {
+                let mut client = server.connect();
+                client.write(format!(
+                    "GET /run?command=sleep+{mark} HTTP/1.1\r\nHost: {}\r\n\r\n",
+                    server.address
+                ));
+                client
+            })
+            .collect();
+        std::thread::sleep(Duration::from_millis(u64::from(round) * 4));
+        server.signal("TERM");
+        assert_eq!(server.exit_status().code(), Some(0));
+        drop((clients, folder));
+        let is_left = |pid: &u32| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| line == format!("sleep\0{mark}\0").into_bytes())
+        };
+        wait_for("all commands to end", || {
+            let processes = std::fs::read_dir("/proc").unwrap();
+            !processes
+                .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok())
+                .any(|pid| is_left(&pid))
+        });
+    }
+}
+
+#[test]
+fn five_hundred_runs_leave_nothing() {
+    let server = Server::start(&[]);
+    let rest = server.at_rest();
+    let clients: Vec<_> = (0..5)
+        .map(|_| {
+            let address = server.address.clone();
+            std::thread::spawn(move || {
+                for number in 0..100 {
+                    let url = format!("http://{address}/run?command=echo+{number}");
+                    let text = ureq::get(&url)
+                        .call()
+                        .unwrap()
+                        .body_mut()
+                        .read_to_string()
+                        .unwrap();
+                    assert_eq!(
+                        output(&parse_events(text.as_bytes()), "stdout"),
+                        format!("{number}\n")
+                    );
+                }
+            })
+        })
+        .collect();
+    clients
+        .into_iter()
+        .for_each(|client| client.join().unwrap());
+    server.comes_to_rest(rest);
+}
+
+#[test]
+fn a_group_of_the_server_s_own_is_not_hit() {
+    let mut command = Command::new(BINARY);
+    command.args(["--listen", "127.0.0.1:0"]).process_group(0);
+    let server = Server::start_command(command);
+    ends_all(&server, FAMILY, 2, drop);
+    assert_eq!(outcome(&server.run("true")), "exited:0");
+}

@@ -1,1 +1,142 @@
+//! Section 6 and 7: caps, descriptors that run out, the log.
 
+use crate::support::*;
+use std::process::Command;
+use std::time::Duration;
+
+#[test]
+fn beyond_the_cap_clients_are_told_so() {
+    let server = Server::start(&["--max-connections", "3"]);
+    let rest = server.at_rest();
+    let held: Vec<_> = (0..3).map(|_| server.begin("sleep 1000")).collect();
+    for _ in 0..20 {
+        let response = server.get("/run?command=true", "");
+        assert_eq!(
+            (response.status, response.field("retry-after")),
+            (503, Some("1"))
+        );
+        assert!(response.complete && response.field("date").is_some());
+    }
+    assert_eq!(server.children().len(), 3);
+    drop(held);
+    server.comes_to_rest(rest);
+    assert_eq!(outcome(&server.run("true")), "exited:0");
+    server.logged(&["refuse peer=127.0.0.1:", "status=503"]);
+}
+
+fn limited(limits: &str) -> Server {
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        &format!("{limits}; exec \"$0\" --listen 127.0.0.1:0 --grace 0.5"),
+        BINARY,
+    ]);
+    Server::start_command(command)
+}
+
+/// Processor time of the server so far, in clock ticks.
+fn processor_time(server: &Server) -> u64 {
+    let ticks = |field| {
+        stat_field(server.process.id(), field)
+            .unwrap()
+            .parse::<u64>()
+            .unwrap()
+    };
+    ticks(11) + ticks(12)
+}
+
+#[test]
+fn without_descriptors_it_refuses_and_recovers() {
+    let server = limited("ulimit -n 24");
+    let rest = server.at_rest();
+    let mut held = Vec::new();
+    let refused = loop {
+        let mut client = server.connect();
+        client.write(format!(
+            "GET /run?command=sleep+1000 HTTP/1.1\r\nHost: {}\r\n\r\n",
+            server.address
+        ));
+        let head = client.head();
+        match head.status {
+            200 => held.push(client),
+            _ => break head,
+        }
+        assert!(held.len() < 24);
+    };
+    assert_eq!(refused.status, 503);
+    // Idle connections take up what is left; the processor stays idle.
+    let idle: Vec<_> = (0..40).map(|_| server.connect()).collect();
+    let before = processor_time(&server);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(processor_time(&server) - before < 40, "it spins");
+    drop((held, idle));
+    server.comes_to_rest(rest);
+    assert_eq!(outcome(&server.run("true")), "exited:0");
+}
+
+#[test]
+fn a_burst_of_connections_waits_in_the_backlog() {
+    let server = Server::start(&["--max-connections", "500"]);
+    let start = std::time::Instant::now();
+    let clients: Vec<_> = (0..400).map(|_| server.connect()).collect();
+    for mut client in clients {
+        client.write(format!(
+            "GET /none HTTP/1.1\r\nHost: {}\r\n\r\n",
+            server.address
+        ));
+        assert_eq!(client.response().status, 404);
+    }
+    assert!(start.elapsed() < PATIENCE);
+}
+
+#[test]
+fn log_lines_are_of_one_form_and_cannot_be_forged() {
+    let server = Server::start(&["--verbose"]);
+    server.run("printf 'a\\n2026-11-22T12:00:00.000Z run\\033[31m\\377'");
+    server.get(
+        &run_target("nonesuch \"\n2026-01-01T00:00:00.000Z shutdown\""),
+        "",
+    );
+    server.get("/run?command='%0d%0a%1b", "");
+    server.send("GET /\" HTTP/1.1\r\nHost: x\r\n\r\n");
+    server.logged(&["refuse", "status=421", "target=\"/\\\"\""]);
+    let log = server.log();
+    let is_time =
+        |time: &str| time.len() == 24 && time.ends_with('Z') && time.as_bytes()[10] == b'T';
+    for line in log.lines() {
+        let mut words = line.split(' ');
+        assert!(words.next().is_some_and(is_time), "{line}");
+        assert!(
+            words
+                .next()
+                .is_some_and(
+                    |word| ["run", "exit", "refuse", "stdout", "stderr", "listen"].contains(&word)
+                ),
+            "{line}"
+        );
+        assert!(
+            line.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
+            "{line:?}"
+        );
+    }
+    assert!(log.contains("stdout peer="), "{log}");
+    assert!(
+        log.contains("out=\"a\\n2026-11-22T12:00:00.000Z run\\x1b[31m\\xff\""),
+        "{log}"
+    );
+    let exit = server.logged(&["exit", "stdout_bytes=36"]);
+    assert!(
+        exit.contains(" pid=")
+            && exit.contains(" out=exited code=0 ms=")
+            && exit.contains(" stderr_bytes=0"),
+        "{exit}"
+    );
+    let quiet = Server::start(&[]);
+    quiet.run("echo unlogged-output");
+    assert!(
+        quiet
+            .logged(&["run peer=127.0.0.1:", "pid="])
+            .ends_with("command=\"echo unlogged-output\"")
+    );
+    assert!(!quiet.log().contains("stdout peer="));
+}

@@ -126,16 +126,24 @@ impl Server {
         status.unwrap()
     }
 
-    pub fn threads(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/task", self.process.id()))
-            .unwrap()
-            .count()
+    /// How many threads and descriptors the server has while it does nothing.
+    pub fn at_rest(&self) -> (usize, usize) {
+        assert_eq!(self.get("/none", "Connection: close\r\n").status, 404);
+        wait_for("the connection's thread to end", || self.threads() == 1);
+        (self.threads(), self.descriptors())
     }
 
-    pub fn descriptors(&self) -> usize {
-        std::fs::read_dir(format!("/proc/{}/fd", self.process.id()))
-            .unwrap()
-            .count()
+    fn threads(&self) -> usize {
+        self.count("task")
+    }
+
+    fn descriptors(&self) -> usize {
+        self.count("fd")
+    }
+
+    fn count(&self, folder: &str) -> usize {
+        let folder = format!("/proc/{}/{folder}", self.process.id());
+        std::fs::read_dir(folder).unwrap().count()
     }
 
     /// The processes whose parent is the server.
@@ -150,7 +158,7 @@ impl Server {
     }
 
     /// Waits until the server is as it was after its start: no command, no thread, no descriptor more.
-    pub fn comes_to_rest(&self, threads: usize, descriptors: usize) {
+    pub fn comes_to_rest(&self, (threads, descriptors): (usize, usize)) {
         wait_for("threads, descriptors and children to go", || {
             self.threads() <= threads
                 && self.descriptors() <= descriptors
@@ -371,7 +379,7 @@ impl Event {
         } else {
             rest.strip_suffix("\"}").unwrap()
         };
-        text.replace("\\n", "\n")
+        text.replace("\\n", "\n").replace("\\t", "\t")
     }
 }
 
