@@ -4,19 +4,15 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Milliseconds since 1970-01-01 UTC; 0 on a host whose clock stands before that.
 pub fn unix_millis() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_millis() as u64)
 }
 
 /// `2026-11-22T12:00:00.000Z` (RFC 3339), as log lines begin.
 pub fn rfc3339(millis: u64) -> String {
     let (year, month, day) = civil_date(millis / 86_400_000);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{}.{:03}Z",
-        time_of_day(millis),
-        millis % 1000
-    )
+    let (time, millis) = (time_of_day(millis), millis % 1000);
+    format!("{year:04}-{month:02}-{day:02}T{time}.{millis:03}Z")
 }
 
 /// `Sun, 22 Nov 2026 12:00:00 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), as the `Date` field has it.
@@ -26,20 +22,14 @@ pub fn imf_fixdate(millis: u64) -> String {
     // 1970 began on a Thursday.
     let weekday = &"ThuFriSatSunMonTueWed"[days as usize % 7 * 3..][..3];
     let month = &"JanFebMarAprMayJunJulAugSepOctNovDec"[month as usize * 3 - 3..][..3];
-    format!(
-        "{weekday}, {day:02} {month} {year:04} {} GMT",
-        time_of_day(millis)
-    )
+    let time = time_of_day(millis);
+    format!("{weekday}, {day:02} {month} {year:04} {time} GMT")
 }
 
 fn time_of_day(millis: u64) -> String {
-    let seconds = millis / 1000;
-    format!(
-        "{:02}:{:02}:{:02}",
-        seconds / 3600 % 24,
-        seconds / 60 % 60,
-        seconds % 60
-    )
+    let second = millis / 1000;
+    let (hour, minute, second) = (second / 3600 % 24, second / 60 % 60, second % 60);
+    format!("{hour:02}:{minute:02}:{second:02}")
 }
 
 /// Year, month and day of a day counted from 1970-01-01 in the Gregorian calendar.

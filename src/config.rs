@@ -20,15 +20,7 @@ pub const TOKEN_VARIABLE: &str = "SSECOMMANDER_TOKEN";
 
 const USAGE: &str = include_str!("usage.txt");
 
-const FLAGS: [&str; 7] = [
-    "-h",
-    "--help",
-    "-V",
-    "--version",
-    "-v",
-    "--verbose",
-    "--no-token",
-];
+const FLAGS: &str = " -h --help -V --version -v --verbose --no-token ";
 const YEAR: f64 = 365.0 * 86_400.0;
 
 impl Config {
@@ -42,21 +34,20 @@ impl Config {
         while let Some(argument) = arguments.next() {
             let (name, value) = match argument.split_once('=') {
                 Some((name, value)) if name.starts_with("--") => (name, Some(value.to_string())),
-                _ if FLAGS.contains(&argument.as_str()) => (argument.as_str(), None),
+                _ if is_flag(&argument) => (argument.as_str(), None),
                 _ => (argument.as_str(), arguments.next()),
             };
             let given = Given { name, value };
-            let limits = &mut config.limits;
+            let (limits, policy) = (&mut config.limits, &mut config.policy);
             match name {
                 "-l" | "--listen" => config.address = given.get(ADDRESS, Address::parse)?,
-                "--allow" => config
-                    .policy
+                "--allow" => policy
                     .allowed
                     .push(given.get("a command line", command_line)?),
                 "--token-file" => {
                     token_file = Some(given.get("a path", |path| Some(path.to_string()))?)
                 }
-                "--allow-origin" => config.policy.origins.push(given.get(ORIGIN, origin)?),
+                "--allow-origin" => policy.origins.push(given.get(ORIGIN, origin)?),
                 "--max-connections" => {
                     config.max_connections = given.get("a number from 1", count)?
                 }
@@ -67,10 +58,10 @@ impl Config {
                 "--grace" => limits.grace = given.get(SECONDS, seconds)?,
                 "--heartbeat" => limits.heartbeat = given.get(SOME_SECONDS, some_seconds)?,
                 "--stall" => limits.stall = given.get(SOME_SECONDS, some_seconds)?,
-                _ if !FLAGS.contains(&name) => {
-                    return Err(usage(&format!("unknown option {name:?}")));
+                _ if !is_flag(name) => {
+                    return Err(usage(&["unknown option", name]));
                 }
-                _ if given.value.is_some() => return Err(usage(&format!("{name} takes no value"))),
+                _ if given.value.is_some() => return Err(usage(&[name, "takes no value"])),
                 "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
                 "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
                 "--no-token" => no_token = true,
@@ -101,18 +92,16 @@ impl Config {
 
 impl Default for Config {
     fn default() -> Config {
-        let limits = Limits {
-            timeout: None,
-            grace: Duration::from_secs(2),
-            heartbeat: Duration::from_secs(15),
-            stall: Duration::from_secs(60),
-            verbose: false,
-        };
-        let address = Address::Tcp((Ipv4Addr::LOCALHOST, 3000).into());
         Config {
-            address,
+            address: Address::Tcp((Ipv4Addr::LOCALHOST, 3000).into()),
             policy: Policy::default(),
-            limits,
+            limits: Limits {
+                timeout: None,
+                grace: Duration::from_secs(2),
+                heartbeat: Duration::from_secs(15),
+                stall: Duration::from_secs(60),
+                verbose: false,
+            },
             max_connections: 128,
         }
     }
@@ -127,11 +116,10 @@ struct Given<'a> {
 impl Given<'_> {
     /// The value as `parse` understands it; `what` is what it has to be.
     fn get<T>(&self, what: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Exit> {
-        let Given { name, value } = self;
-        let value = value
-            .as_ref()
-            .ok_or_else(|| usage(&format!("{name} needs {what}")))?;
-        parse(value).ok_or_else(|| usage(&format!("{name} {value:?}: expected {what}")))
+        let Some(value) = &self.value else {
+            return Err(usage(&[self.name, "needs", what]));
+        };
+        parse(value).ok_or_else(|| usage(&[self.name, value, "is not", what]))
     }
 }
 
@@ -140,14 +128,18 @@ const ORIGIN: &str = "an origin as browsers send it (https://ops.example), or *"
 const SECONDS: &str = "seconds, 0 to 31536000";
 const SOME_SECONDS: &str = "seconds, above 0 and up to 31536000";
 
-fn usage(why: &str) -> Exit {
-    Exit(2, format!("{why}; see --help"))
+fn usage(words: &[&str]) -> Exit {
+    let why = words.join(" ").escape_debug().to_string();
+    Exit(2, why + "; see --help")
+}
+
+fn is_flag(name: &str) -> bool {
+    FLAGS.contains(&format!(" {name} "))
 }
 
 fn command_line(text: &str) -> Option<Vec<Vec<u8>>> {
-    words::split(text.as_bytes())
-        .ok()
-        .filter(|words| !words.is_empty())
+    let words = words::split(text.as_bytes()).ok()?;
+    if words.is_empty() { None } else { Some(words) }
 }
 
 fn count(text: &str) -> Option<usize> {
@@ -156,14 +148,9 @@ fn count(text: &str) -> Option<usize> {
 
 /// Plain decimal seconds: no sign, no exponent.
 fn seconds(text: &str) -> Option<Duration> {
-    let plain = text
-        .bytes()
-        .all(|byte| byte.is_ascii_digit() || byte == b'.');
-    let seconds = text
-        .parse()
-        .ok()
-        .filter(|&seconds| plain && seconds <= YEAR)?;
-    Some(Duration::from_secs_f64(seconds))
+    let plain = text.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let seconds: f64 = text.parse().ok()?;
+    (plain && seconds <= YEAR).then(|| Duration::from_secs_f64(seconds))
 }
 
 fn some_seconds(text: &str) -> Option<Duration> {
@@ -185,25 +172,22 @@ fn read_token(file: Option<String>, variable: Option<String>) -> Result<Option<S
         (None, None) => return Ok(None),
         (None, Some(token)) => (TOKEN_VARIABLE.to_string(), token),
         (Some(path), None) => {
-            let content = fs::read_to_string(&path);
-            let source = format!("--token-file {path:?}");
-            (
-                source.clone(),
-                content.map_err(|error| Exit(1, format!("{source}: {error}")))?,
-            )
+            let cannot = |error| Exit(1, format!("--token-file {path}: {error}"));
+            let content = fs::read_to_string(&path).map_err(cannot)?;
+            (format!("--token-file {path}"), content)
         }
         _ => {
-            return Err(usage(&format!(
-                "--token-file and {TOKEN_VARIABLE} are both given"
-            )));
+            return Err(usage(&[
+                "--token-file and",
+                TOKEN_VARIABLE,
+                "are both given",
+            ]));
         }
     };
     let token = content.lines().next().unwrap_or("").trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        return Err(Exit(
-            1,
-            format!("{source}: the token is empty, or not visible ASCII"),
-        ));
+        let why = "the token is empty, or not visible ASCII";
+        return Err(Exit(1, format!("{source}: {why}")));
     }
     Ok(Some(token.to_string()))
 }

@@ -53,9 +53,10 @@ impl Address {
             Some("") => None,
             Some(path) => Some(Address::Unix(path.into())),
             None if text.contains(':') => text.parse().ok().map(Address::Tcp),
-            None => Some(Address::Tcp(
-                (net::Ipv4Addr::LOCALHOST, text.parse().ok()?).into(),
-            )),
+            None => {
+                let port: u16 = text.parse().ok()?;
+                Some(Address::Tcp((net::Ipv4Addr::LOCALHOST, port).into()))
+            }
         }
     }
 
@@ -157,11 +158,10 @@ impl io::Read for Input {
         use io::ErrorKind::{Interrupted, Other, TimedOut, WouldBlock};
         let mut socket = &self.connection.socket;
         loop {
-            let now = Instant::now();
             let left = self
                 .deadline
-                .map(|deadline| deadline.saturating_duration_since(now));
-            if left.is_some_and(|left| left.is_zero()) {
+                .map(|at| at.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
                 return Err(TimedOut.into());
             }
             if self.interrupted.load(Ordering::SeqCst) {

@@ -14,9 +14,9 @@ const LONGEST_TEXT: usize = 8_000;
 
 static TOKEN: OnceLock<String> = OnceLock::new();
 
-/// From now on the token is left out.
-pub fn hide(token: &str) {
-    TOKEN.get_or_init(|| token.to_string());
+/// From now on the token, if there is one, is left out.
+pub fn hide(token: Option<&str>) {
+    token.map(|token| TOKEN.get_or_init(|| token.to_string()));
 }
 
 /// Writes `TIME HAPPENING key=value …` in one call, so that lines do not mix. A closed stderr is no reason to stop.
@@ -30,22 +30,18 @@ impl Display for Quoted<'_> {
         out.write_char('"')?;
         let mut rest = &self.0[..self.0.len().min(LONGEST_TEXT)];
         while let Some((&byte, after)) = rest.split_first() {
-            let token = TOKEN
-                .get()
-                .filter(|token| rest.starts_with(token.as_bytes()));
-            rest = token.map_or(after, |token| &rest[token.len()..]);
+            let token = TOKEN.get().map(|token| token.as_bytes());
+            let after_token = token.and_then(|token| rest.strip_prefix(token));
+            rest = after_token.unwrap_or(after);
             match byte {
-                _ if token.is_some() => out.write_str("***")?,
+                _ if after_token.is_some() => out.write_str("***")?,
                 b'"' | b'\\' | b'\n' => write!(out, "{}", byte.escape_ascii())?,
                 b' '..=b'~' => out.write_char(byte.into())?,
                 _ => write!(out, "\\x{byte:02x}")?,
             }
         }
-        out.write_str(if self.0.len() > LONGEST_TEXT {
-            "...\""
-        } else {
-            "\""
-        })
+        let is_cut = self.0.len() > LONGEST_TEXT;
+        out.write_str(if is_cut { "...\"" } else { "\"" })
     }
 }
 
@@ -68,7 +64,7 @@ mod tests {
 
     #[test]
     fn the_token_is_left_out_and_long_texts_are_cut() {
-        hide("s3cret");
+        hide(Some("s3cret"));
         assert_eq!(
             Quoted(b"s3s3cret, s3cre s3crets").to_string(),
             r#""s3***, s3cre ***s""#

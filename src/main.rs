@@ -52,16 +52,9 @@ fn start(token: Option<std::ffi::OsString>) -> Result<(), Exit> {
     let config = Config::parse(std::env::args_os().skip(1).map(lossy), token.map(lossy))?;
     let cannot = |error| Exit(1, format!("cannot listen on {}: {error}", config.address));
     let listener = listener::Listener::bind(&config.address).map_err(cannot)?;
-    config
-        .policy
-        .token
-        .iter()
-        .for_each(|token| log::hide(token));
+    log::hide(config.policy.token.as_deref());
     sys::catch_signals(&listener.socket);
-    let _ = writeln!(
-        std::io::stdout(),
-        "ssecommander listening on {}",
-        listener.name
-    );
+    let name = &listener.name;
+    let _ = writeln!(std::io::stdout(), "ssecommander listening on {name}");
     server::serve(&listener, config).map_err(|error| Exit(1, format!("cannot serve: {error}")))
 }

@@ -45,18 +45,18 @@ impl Policy {
     pub fn browser(&self, head: &Head) -> Result<()> {
         let origins = head.all("origin");
         if !origins.is_empty() {
-            let allowed = is_own(head, origins[0]) || self.admits_origin(origins[0]);
-            let one = origins.len() == 1;
-            return if one && allowed {
+            let good = is_own(head, origins[0]) || self.admits_origin(origins[0]);
+            let refusal = Err(Forbidden("origin not allowed"));
+            return if good && origins.len() == 1 {
                 Ok(())
             } else {
-                Err(Forbidden("origin not allowed"))
+                refusal
             };
         }
         let sites = head.all("sec-fetch-site");
-        if !sites
+        if sites
             .iter()
-            .all(|site| matches!(*site, "same-origin" | "none"))
+            .any(|&site| site != "same-origin" && site != "none")
         {
             return Err(Forbidden("another site's page calls (Sec-Fetch-Site)"));
         }
@@ -93,7 +93,8 @@ impl Policy {
         let differences = pairs.fold(0, |all, (a, b)| std::hint::black_box(all | (a ^ b)));
         // The length of a token is no secret.
         let right = differences == 0 && token.len() == given.len();
-        if right && scheme.eq_ignore_ascii_case("bearer") {
+        let bearer = scheme.eq_ignore_ascii_case("bearer");
+        if right && bearer {
             Ok(())
         } else {
             Err(Answer::Token)
@@ -132,10 +133,8 @@ fn is_own(head: &Head, origin: &str) -> bool {
 
 /// The host of `host[:port]`, lower case; none where RFC 3986 section 3.2.2 does not have it.
 fn host_name(authority: &str) -> Option<String> {
-    let start_of_port = authority.rfind(']').unwrap_or(0);
-    let colon = authority[start_of_port..]
-        .find(':')
-        .map(|at| start_of_port + at);
+    let bracket = authority.rfind(']').unwrap_or(0);
+    let colon = authority[bracket..].find(':').map(|at| bracket + at);
     let (host, port) = authority.split_at(colon.unwrap_or(authority.len()));
     let in_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=[]:".contains(c);
     let good = !host.is_empty()
@@ -146,14 +145,14 @@ fn host_name(authority: &str) -> Option<String> {
 
 /// Whole names and parsed addresses are compared, never beginnings or ends: `127.0.0.1.evil.test` is somebody else's.
 fn means_here(name: &str, local: Option<IpAddr>) -> bool {
-    let address = match name
-        .strip_prefix('[')
-        .and_then(|rest| rest.strip_suffix(']'))
-    {
-        Some(literal) => literal.parse().map(IpAddr::V6),
-        None => name.parse().map(IpAddr::V4),
+    let v6 = |name: &str| {
+        name.strip_prefix('[')?
+            .strip_suffix(']')?
+            .parse()
+            .ok()
+            .map(IpAddr::V6)
     };
-    if let Ok(address) = address {
+    if let Some(address) = v6(name).or(name.parse().ok().map(IpAddr::V4)) {
         return local == Some(address);
     }
     let name = name.strip_suffix('.').unwrap_or(name);

@@ -206,7 +206,8 @@ impl<R: BufRead> Request<R> {
         let expected = head.all("expect");
         let met = |each: &&str| each.eq_ignore_ascii_case("100-continue");
         self.awaits_continue = !old && !expected.is_empty();
-        if old || expected.iter().all(met) {
+        let good = old || expected.iter().all(met);
+        if good {
             Ok(())
         } else {
             Err(Answer::Expectation)
@@ -286,9 +287,8 @@ impl<R: BufRead> Request<R> {
             };
             let end = available.iter().position(|&byte| byte == b'\n');
             // The CRLF may follow a line of full length.
-            let taken = end
-                .map_or(available.len(), |end| end + 1)
-                .min(limit + 2 - line.len());
+            let taken = end.map_or(available.len(), |end| end + 1);
+            let taken = taken.min(limit + 2 - line.len());
             line.extend_from_slice(&available[..taken]);
             self.input.consume(taken);
             match line.iter().position(|byte| b"\r\n".contains(byte)) {
@@ -342,10 +342,8 @@ fn decimal(digits: &str) -> Option<u64> {
 
 /// `1*HEXDIG`, then perhaps extensions.
 fn chunk_size(line: &str) -> Option<u64> {
-    let extended = line
-        .split_once(';')
-        .map(|(digits, rest)| (digits.trim_end(), rest));
-    let (digits, extension) = extended.unwrap_or((line, ""));
+    let extended = line.split_once(';');
+    let (digits, extension) = extended.map_or((line, ""), |(size, rest)| (size.trim_end(), rest));
     let plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit()) && is_text(extension);
     u64::from_str_radix(digits, 16).ok().filter(|_| plain)
 }

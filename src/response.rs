@@ -22,6 +22,7 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 pub const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
 pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 
+const PLAIN: &str = "text/plain; charset=utf-8";
 const PAGE: &[u8] = include_bytes!("console.html");
 
 /// Never an old page after an upgrade; nothing but what stands in the page itself, and this server to talk to.
@@ -57,7 +58,7 @@ impl Manner<'_> {
             Answer::Busy(_) => "Retry-After: 1\r\n".to_string(),
             _ => String::new(),
         };
-        let fields = fields + "Content-Type: text/plain; charset=utf-8\r\n";
+        let fields = format!("{fields}Content-Type: {PLAIN}\r\n");
         self.whole(status, &fields, format!("{why}\n").as_bytes())
     }
 
@@ -65,18 +66,15 @@ impl Manner<'_> {
     pub fn stream(&self, format: Format) -> Vec<u8> {
         let (media_type, trailer) = match format.events {
             true => ("text/event-stream", ""),
-            false => (
-                "text/plain; charset=utf-8",
-                "Trailer: Exit-Code, Exit-Signal\r\n",
-            ),
+            false => (PLAIN, "Trailer: Exit-Code, Exit-Signal\r\n"),
         };
         let mut fields = format!("Content-Type: {media_type}\r\nCache-Control: no-cache\r\n");
-        fields += if self.close {
+        let stays = if self.close {
             ""
         } else {
             "Connection: keep-alive\r\n"
         };
-        fields += "X-Accel-Buffering: no\r\n";
+        fields = fields + stays + "X-Accel-Buffering: no\r\n";
         if format.chunked {
             fields = fields + "Transfer-Encoding: chunked\r\n" + trailer;
         }
@@ -92,10 +90,8 @@ impl Manner<'_> {
     }
 
     fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
-        let mut whole = self.head(
-            status,
-            &format!("{fields}Content-Length: {}\r\n", content.len()),
-        );
+        let length = content.len();
+        let mut whole = self.head(status, &format!("{fields}Content-Length: {length}\r\n"));
         whole.extend_from_slice(if self.head_only { b"" } else { content });
         whole
     }
@@ -107,22 +103,20 @@ impl Manner<'_> {
         if let Some(origin) = self.foreign_origin {
             head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
         }
-        head += if self.close {
-            "Connection: close\r\n\r\n"
+        let close = if self.close {
+            "Connection: close\r\n"
         } else {
-            "\r\n"
+            ""
         };
-        head.into_bytes()
+        (head + close + "\r\n").into_bytes()
     }
 }
 
 /// Whether the rest of the connection cannot be understood after this answer.
 pub fn breaks_framing(answer: &Answer) -> bool {
     use Answer::*;
-    matches!(
-        answer,
-        Late | Malformed(_) | LineTooLong | HeadTooLarge | Version | Coding
-    )
+    let too_large = matches!(answer, LineTooLong | HeadTooLarge);
+    too_large || matches!(answer, Late | Malformed(_) | Version | Coding)
 }
 
 /// The status, and the words for the client and the log.
@@ -131,15 +125,9 @@ pub fn explain(answer: &Answer) -> (&'static str, &str) {
     match answer {
         Page | Head(_) | Gone => ("200 OK", ""),
         Options(_) => ("204 No Content", ""),
-        Repeated => (
-            "204 No Content",
-            "a reconnect runs nothing again (Last-Event-ID)",
-        ),
+        Repeated => ("204 No Content", "a reconnect runs nothing again"),
         Malformed(why) | Bad(why) => ("400 Bad Request", why),
-        Token => (
-            "401 Unauthorized",
-            "token missing or wrong (Authorization: Bearer TOKEN)",
-        ),
+        Token => ("401 Unauthorized", "token missing or wrong"),
         Forbidden(why) => ("403 Forbidden", why),
         CannotRun(_, why) => ("403 Forbidden", why),
         NoProgram(_, why) => ("404 Not Found", why),
@@ -147,19 +135,10 @@ pub fn explain(answer: &Answer) -> (&'static str, &str) {
         Method(_) => ("405 Method Not Allowed", "method not for this path"),
         Late => ("408 Request Timeout", "request did not arrive in time"),
         FormTooLarge => ("413 Content Too Large", "form over 64 KiB"),
-        LineTooLong => (
-            "414 URI Too Long",
-            "request line over 8 KiB: a form may be longer",
-        ),
+        LineTooLong => ("414 URI Too Long", "request line over 8 KiB"),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
-        Misdirected => (
-            "421 Misdirected Request",
-            "Host is not this address: names need a token",
-        ),
-        HeadTooLarge => (
-            "431 Request Header Fields Too Large",
-            "head over 16 KiB or 100 fields",
-        ),
+        Misdirected => ("421 Misdirected Request", "Host is not this address"),
+        HeadTooLarge => ("431 Request Header Fields Too Large", "head over 16 KiB or 100 fields"),
         Coding => ("501 Not Implemented", "transfer coding not implemented"),
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
         Busy(why) => ("503 Service Unavailable", why),

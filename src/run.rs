@@ -7,7 +7,7 @@
 
 use crate::child::{Child, Feed, Piece};
 use crate::log::{self, Quoted};
-use crate::{listener::Connection, output::Stream, sys};
+use crate::{listener::Connection, output::SOURCES, output::Stream, sys};
 use std::io::{ErrorKind, Write};
 use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
 use std::time::{Duration, Instant};
@@ -121,15 +121,11 @@ impl Run<'_> {
     /// The outcome, last of all.
     fn finish(mut self) -> (bool, Option<Feed>) {
         let status = self.child.reap();
-        let own_end = if status.code().is_some() {
-            "exited"
-        } else {
-            "killed"
+        let how = match (self.ending.unwrap_or(""), status.code()) {
+            ("", Some(_)) => "exited",
+            ("", None) => "killed",
+            (ending, _) => ending,
         };
-        let how = self
-            .ending
-            .filter(|ending| !ending.is_empty())
-            .unwrap_or(own_end);
         let ms = self.started.elapsed().as_millis();
         self.stream.exit(how, status, ms, self.bytes);
         self.send();
@@ -141,11 +137,7 @@ impl Run<'_> {
         let bytes = format!("stdout_bytes={stdout} stderr_bytes={stderr}");
         self.log("exit", format_args!("out={how} {number} ms={ms} {bytes}"));
         let complete = self.lost.is_none();
-        let wait = if complete {
-            CONTENT_REST
-        } else {
-            Duration::ZERO
-        };
+        let wait = CONTENT_REST * complete.into();
         (complete, self.child.end_feed(wait))
     }
 
@@ -155,7 +147,8 @@ impl Run<'_> {
             let (source, bytes) = &piece;
             self.bytes[*source as usize] += bytes.len() as u64;
             if self.limits.verbose {
-                self.log(source.name(), format_args!("out={}", Quoted(bytes)));
+                let name = SOURCES[*source as usize];
+                self.log(name, format_args!("out={}", Quoted(bytes)));
             }
             self.stream.piece(*source, bytes);
             if self.stream.batch.len() >= BATCH {
@@ -173,23 +166,14 @@ impl Run<'_> {
     /// How long there is nothing to do unless output comes.
     fn patience(&self) -> Duration {
         let timeout_at = self.limits.timeout.map(|timeout| self.started + timeout);
-        let beat_at = Some(self.written + self.limits.heartbeat);
-        let times = [
-            Some(self.looked + TICK),
-            beat_at,
-            timeout_at,
-            self.kill_at,
-            self.over_at(),
-        ];
+        let beat_at = self.written + self.limits.heartbeat;
+        let look_at = beat_at.min(self.looked + TICK);
+        let times = [Some(look_at), timeout_at, self.kill_at, self.over_at()];
         let now = Instant::now();
         // What is past, is done already, and readers are to be stopped again and again.
         let due = times.into_iter().flatten().filter(|&at| at > now).min();
-        let patience = due.map_or(MOMENT, |at| at - now);
-        if self.stop_at.is_some() {
-            MOMENT
-        } else {
-            patience.max(MOMENT)
-        }
+        let due = due.filter(|_| self.stop_at.is_none());
+        due.map_or(MOMENT, |at| MOMENT.max(at - now))
     }
 
     /// Looks at all that can end a command but its output.

@@ -8,14 +8,12 @@ use std::os::unix::prelude::*;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::{io, net, ptr, thread, time};
 
-#[cfg(any(target_arch = "mips", target_arch = "mips64", target_arch = "mips32r6"))]
+#[cfg(any(target_arch = "mips", target_arch = "mips64"))]
 compile_error!("Linux on MIPS numbers signals and socket options in its own way");
-#[cfg(any(
-    target_arch = "sparc",
-    target_arch = "sparc64",
-    target_arch = "mips64r6"
-))]
-compile_error!("Linux on SPARC, as on MIPS, numbers signals and poll's events in its own way");
+#[cfg(any(target_arch = "mips32r6", target_arch = "mips64r6"))]
+compile_error!("Linux on MIPS numbers signals and socket options in its own way");
+#[cfg(any(target_arch = "sparc", target_arch = "sparc64"))]
+compile_error!("Linux on SPARC numbers signals and poll's events in its own way");
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
 
@@ -57,8 +55,7 @@ unsafe extern "C" {
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
     fn pthread_kill(thread: c_ulong, signal: c_int) -> c_int;
     fn pthread_sigmask(how: c_int, new: *const Scratch, old: *mut Scratch) -> c_int;
-    fn setsockopt(fd: c_int, level: c_int, name: c_int, value: *const c_void, len: c_uint)
-    -> c_int;
+    fn setsockopt(fd: c_int, level: c_int, name: c_int, new: *const c_void, n: c_uint) -> c_int;
     fn shutdown(fd: c_int, how: c_int) -> c_int;
     fn siginterrupt(signal: c_int, flag: c_int) -> c_int;
     fn signal(signal: c_int, handler: usize) -> usize;
@@ -119,8 +116,8 @@ pub fn catch_signals(listening: &OwnedFd) {
     LISTENING.store(listening.as_raw_fd(), SeqCst);
     // SAFETY: both handlers are async-signal-safe.
     unsafe {
-        END.iter()
-            .for_each(|&number| _ = signal(number, count as extern "C" fn(c_int) as usize));
+        let count = count as extern "C" fn(c_int) as usize;
+        END.iter().for_each(|&number| _ = signal(number, count));
         signal(SIGURG, nothing as extern "C" fn(c_int) as usize);
         siginterrupt(SIGURG, 1);
     }
@@ -137,11 +134,8 @@ pub fn interrupt<T>(thread: &thread::JoinHandle<T>) {
 pub fn ready(fd: impl AsFd, events: c_short) -> c_short {
     let mut one = PollFd(fd.as_fd().as_raw_fd(), events, 0);
     // SAFETY: one valid entry, whose descriptor is borrowed for the call.
-    if unsafe { poll(&mut one, 1, 0) } > 0 {
-        one.2
-    } else {
-        0
-    }
+    unsafe { poll(&mut one, 1, 0) };
+    one.2
 }
 
 /// Sends `signal` to every process of the group. The caller vouches that its leader was not reaped yet, so that the id cannot
@@ -173,14 +167,8 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 /// The next connection of a listening socket of any family.
 pub fn accept(listening: &OwnedFd) -> io::Result<OwnedFd> {
     // SAFETY: no address is asked for; the descriptor is new and nobody else's.
-    match unsafe {
-        accept4(
-            listening.as_raw_fd(),
-            ptr::null_mut(),
-            ptr::null_mut(),
-            CLOEXEC,
-        )
-    } {
+    let fd = listening.as_raw_fd();
+    match unsafe { accept4(fd, ptr::null_mut(), ptr::null_mut(), CLOEXEC) } {
         -1 => Err(io::Error::last_os_error()),
         fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
     }
@@ -196,17 +184,13 @@ pub fn set_backlog(listening: &OwnedFd, backlog: c_int) {
 pub fn set_user_timeout(stream: &net::TcpStream, limit: time::Duration) {
     const IPPROTO_TCP: c_int = 6;
     const TCP_USER_TIMEOUT: c_int = 18;
-    let millis = c_uint::try_from(limit.as_millis()).unwrap_or(c_uint::MAX);
+    let (fd, millis) = (
+        stream.as_raw_fd(),
+        limit.as_millis().min(c_uint::MAX.into()) as c_uint,
+    );
+    let value = (&raw const millis).cast();
     // SAFETY: the option's value is an unsigned int, 4 bytes, read during the call.
-    unsafe {
-        setsockopt(
-            stream.as_raw_fd(),
-            IPPROTO_TCP,
-            TCP_USER_TIMEOUT,
-            (&raw const millis).cast(),
-            4,
-        )
-    };
+    unsafe { setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, 4) };
 }
 
 /// Runs `create`, with what it creates for the owner alone. Call it before any thread is started.
