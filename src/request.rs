@@ -277,12 +277,14 @@ impl<R: BufRead> Request<R> {
         }
     }
 
-    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that. Nothing more at all is `Gone`.
+    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that. Nothing at all before a head is `Gone`.
     fn line(&mut self, limit: usize, too_long: Answer) -> Result<String> {
         let mut line = Vec::new();
         loop {
             let available = match fill(&mut self.input) {
-                Err(BREAKS_OFF) if line.is_empty() => return Err(Answer::Gone),
+                Err(BREAKS_OFF) if line.is_empty() && self.head.target.is_empty() => {
+                    return Err(Answer::Gone);
+                }
                 available => available?,
             };
             let end = available.iter().position(|&byte| byte == b'\n');
@@ -373,3 +375,6 @@ fn fill(input: &mut impl BufRead) -> Result<&[u8]> {
         Err(_) => Err(Answer::Gone),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,242 @@
+use super::*;
+
+const WHOLE: &[u8] =
+    b"POST http://a.b:1/run?command=x%20y HTTP/1.1\r\nHost: a.b:1\r\nExpect: 100-continue\r\n\
+    Transfer-Encoding: chunked\r\nAccept: text/html;q=1, Text/Plain ; q=0.5\r\n\r\n\
+    5;a=\"b\"\r\nhello\r\n00006\r\n world\r\n0\r\nTrailer: x\r\n\r\nGET / HTTP/1.1\r\n";
+
+/// A head, its content, and what is left of the input.
+fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, &[u8])> {
+    let mut request = Request::new(bytes);
+    request.read_head()?;
+    let mut content = Vec::new();
+    loop {
+        let piece = request.piece()?;
+        content.extend_from_slice(piece);
+        match piece.len() {
+            0 => return Ok((request.head, content, request.input)),
+            length => request.take(length),
+        }
+    }
+}
+
+/// Gives one byte at a time.
+struct Trickle<'a>(&'a [u8]);
+
+impl std::io::Read for Trickle<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let length = self.0.len().min(buffer.len()).min(1);
+        buffer[..length].copy_from_slice(&self.0[..length]);
+        self.0 = &self.0[length..];
+        Ok(length)
+    }
+}
+
+#[test]
+fn a_request_is_taken_apart() {
+    let (head, content, rest) = parse(WHOLE).unwrap();
+    assert_eq!(
+        (
+            head.method.as_str(),
+            head.path.as_str(),
+            head.query.as_str(),
+            head.minor
+        ),
+        ("POST", "/run", "command=x%20y", 1)
+    );
+    assert_eq!(head.authority.as_deref(), Some("a.b:1"));
+    assert_eq!(
+        (content.as_slice(), rest),
+        (&b"hello world"[..], &b"GET / HTTP/1.1\r\n"[..])
+    );
+    assert_eq!(head.all("host"), ["a.b:1"]);
+    assert!(
+        head.lists("accept", "text/plain") && !head.lists("accept", "text") && !head.wants_close()
+    );
+}
+
+#[test]
+fn pieces_make_no_difference() {
+    let mut request = Request::new(std::io::BufReader::with_capacity(1, Trickle(WHOLE)));
+    request.read_head().unwrap();
+    assert!(request.awaits_continue && !request.is_at_end());
+    let mut content = Vec::new();
+    while let Some(&byte) = request.piece().unwrap().first() {
+        content.push(byte);
+        request.take(1);
+    }
+    assert!(content == b"hello world" && request.is_at_end());
+}
+
+#[test]
+fn every_prefix_breaks_off() {
+    let whole = WHOLE.len() - b"GET / HTTP/1.1\r\n".len();
+    assert_eq!(parse(b"").err(), Some(Answer::Gone));
+    for length in 1..whole {
+        assert_eq!(parse(&WHOLE[..length]).err(), Some(BREAKS_OFF), "{length}");
+    }
+}
+
+#[test]
+fn every_byte_flipped_is_taken_or_refused() {
+    let mut refused = 0;
+    for place in 0..WHOLE.len() {
+        for byte in 0..=255 {
+            let mut bytes = WHOLE.to_vec();
+            bytes[place] = byte;
+            refused += usize::from(parse(&bytes).is_err());
+        }
+    }
+    assert!(refused > WHOLE.len() * 60, "{refused}");
+}
+
+#[test]
+fn targets() {
+    let table = [
+        ("GET /", Some(("/", "", None))),
+        ("GET /?", Some(("/", "", None))),
+        ("GET /run?a=b?c", Some(("/run", "a=b?c", None))),
+        ("GET //run", Some(("//run", "", None))),
+        ("GET /a://b", Some(("/a://b", "", None))),
+        ("GET http://h", Some(("/", "", Some("h")))),
+        ("GET http://h?q", Some(("/", "q", Some("h")))),
+        ("GET hTTp://h:1/run?q", Some(("/run", "q", Some("h:1")))),
+        ("OPTIONS *", Some(("*", "", None))),
+        ("OPTIONS http://h", Some(("*", "", Some("h")))),
+        ("OPTIONS http://h/", Some(("/", "", Some("h")))),
+        ("CONNECT h:1", Some(("*", "", None))),
+        ("GET *", None),
+        ("GET h:1", None),
+        ("GET https://h/", None),
+        ("GET run", None),
+    ];
+    for (line, expected) in table {
+        let head = Head::parse_line(&format!("{line} HTTP/1.1"));
+        let parts = head.as_ref().ok().map(|head| {
+            (
+                head.path.as_str(),
+                head.query.as_str(),
+                head.authority.as_deref(),
+            )
+        });
+        assert_eq!(parts, expected, "{line}");
+    }
+}
+
+#[test]
+fn limits_are_exact() {
+    let line = |length: usize| format!("GET /{} HTTP/1.1\r\n", "x".repeat(length - 14));
+    let request = |line: &str, rest: &str| parse(format!("{line}{rest}\r\n").as_bytes()).map(drop);
+    assert_eq!(request(&line(LONGEST_LINE), ""), Ok(()));
+    assert_eq!(
+        request(&line(LONGEST_LINE + 1), ""),
+        Err(Answer::LineTooLong)
+    );
+    let head = |length: usize| {
+        format!(
+            "A: {}\r\n",
+            "x".repeat(length - "GET / HTTP/1.1\r\nA: \r\n\r\n".len())
+        )
+    };
+    assert_eq!(request("GET / HTTP/1.1\r\n", &head(LONGEST_HEAD)), Ok(()));
+    assert_eq!(
+        request("GET / HTTP/1.1\r\n", &head(LONGEST_HEAD + 1)),
+        Err(Answer::HeadTooLarge)
+    );
+    assert_eq!(
+        request("GET / HTTP/1.1\r\n", &"A:\r\n".repeat(MOST_FIELDS)),
+        Ok(())
+    );
+    assert_eq!(
+        request("GET / HTTP/1.1\r\n", &"A:\r\n".repeat(MOST_FIELDS + 1)),
+        Err(Answer::HeadTooLarge)
+    );
+    // Without an end they are refused as soon as they are too long.
+    assert_eq!(
+        parse(&[b'x'; LONGEST_LINE + 2]).err(),
+        Some(Answer::LineTooLong)
+    );
+}
+
+#[test]
+fn chunk_sizes() {
+    let table = [
+        ("0", Some(0)),
+        ("a", Some(10)),
+        ("00000000000000000000F", Some(15)),
+        ("ffffffffffffffff", Some(u64::MAX)),
+        ("5;x", Some(5)),
+        ("5 ; x=\"y\"", Some(5)),
+        ("10000000000000000", None),
+        ("", None),
+        (";x", None),
+        ("+5", None),
+        ("-5", None),
+        ("0x5", None),
+        ("5 5", None),
+        (" 5", None),
+        ("5;\u{1}", None),
+    ];
+    for (line, size) in table {
+        assert_eq!(chunk_size(line), size, "{line:?}");
+    }
+}
+
+#[test]
+fn a_chunk_s_end_is_looked_at() {
+    for broken in [
+        "5\r\nhello",
+        "5\r\nhello\n0\r\n\r\n",
+        "5\r\nhellox\r\n0\r\n\r\n",
+        "4\r\nhello\r\n0\r\n\r\n",
+        "0\r\nno field\r\n\r\n",
+        "5\nhello\r\n0\r\n\r\n",
+    ] {
+        let request = format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{broken}");
+        assert!(parse(request.as_bytes()).is_err(), "{broken:?}");
+    }
+    let mut request = Request::new(&b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"[..]);
+    request.read_head().unwrap();
+    for (buffered, malformed) in [
+        ("", false),
+        ("5", false),
+        ("zz", false),
+        ("zz\r\n", true),
+        ("5\r\n", false),
+        ("\r\n", true),
+    ] {
+        assert_eq!(
+            request.begins_malformed(buffered.as_bytes()),
+            malformed,
+            "{buffered:?}"
+        );
+    }
+}
+
+#[test]
+fn forms() {
+    let command = |form: &[u8]| form_value(form, b"command");
+    assert_eq!(
+        command(b"a=b&command=x+%2B%00&c"),
+        Ok(Some(b"x +\0".to_vec()))
+    );
+    assert_eq!(command(b"%63ommand=x"), Ok(Some(b"x".to_vec())));
+    assert_eq!(command(b"command=a=b"), Ok(Some(b"a=b".to_vec())));
+    assert_eq!(command(b"command"), Ok(Some(Vec::new())));
+    assert_eq!(command(b"Command=x&%=y&comman%64%=z"), Ok(None));
+    assert_eq!(command(b""), Ok(None));
+    for broken in [
+        &b"command=%"[..],
+        b"command=%a",
+        b"command=%g0",
+        b"command=a&command=b",
+        b"command=%+1",
+    ] {
+        assert!(command(broken).is_err(), "{broken:?}");
+    }
+    let every: String = (0..=255).map(|byte| format!("%{byte:02x}")).collect();
+    assert_eq!(
+        command(format!("command={every}").as_bytes()),
+        Ok(Some((0..=255).collect()))
+    );
+}
