@@ -55,6 +55,7 @@ fn start(token: Option<std::ffi::OsString>) -> Result<(), Exit> {
     log::hide(config.policy.token.as_deref());
     sys::catch_signals(&listener.socket);
     let name = &listener.name;
+    log::line(format_args!("listen address={name}"));
     let _ = writeln!(std::io::stdout(), "ssecommander listening on {name}");
     server::serve(&listener, config).map_err(|error| Exit(1, format!("cannot serve: {error}")))
 }

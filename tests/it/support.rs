@@ -83,7 +83,7 @@ impl Server {
 
     /// A GET on a connection of its own.
     pub fn get(&self, target: &str, fields: &str) -> Response {
-        self.send(&format!(
+        self.send(format!(
             "GET {target} HTTP/1.1\r\nHost: {}\r\n{fields}\r\n",
             self.address
         ))
