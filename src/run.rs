@@ -8,7 +8,7 @@
 use crate::child::{Child, Feed, Piece};
 use crate::log::{self, Quoted};
 use crate::{listener::Connection, output::SOURCES, output::Stream, sys};
-use std::io::{ErrorKind, Write};
+use std::io::{Error, ErrorKind, Write};
 use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
 use std::time::{Duration, Instant};
 use std::{os::unix::prelude::*, thread};
@@ -253,8 +253,7 @@ impl Run<'_> {
                     self.written = progress;
                     continue;
                 }
-                Err(error)
-                    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                Err(error) if is_passing(&error) => {}
                 // TCP_USER_TIMEOUT counts from what was last acknowledged, and may be the first to notice.
                 Err(error) if error.kind() == ErrorKind::TimedOut => self.lose("stalled"),
                 Err(_) => self.lose("gone"),
@@ -276,4 +275,9 @@ impl Run<'_> {
         let (peer, pid) = (&self.connection.peer, self.child.pid());
         log::line(format_args!("{happening} peer={peer} pid={pid} {values}"));
     }
+}
+
+/// Whether a call on a socket only took too long, or was interrupted: it may be tried again.
+pub fn is_passing(error: &Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }

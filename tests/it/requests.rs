@@ -277,6 +277,8 @@ fn forms() {
     assert_eq!(ask(&server, &too_much).status, 413);
     let broken = "POST /run HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n8\r\ncommand=\r\nzz\r\n";
     assert_eq!(ask(&server, broken).status, 400);
+    let endless = "POST /run HTTP/1.1\r\nHost: HOST\r\nTransfer-Encoding: chunked\r\n\r\n8\r\ncommand=\r\nffffffffffffffff\r\nx";
+    assert_eq!(ask(&server, endless).status, 413);
     // What is in the content is no form where the query has the command.
     let query =
         "POST /run?command=cat HTTP/1.1\r\nHost: HOST\r\nContent-Length: 12\r\n\r\ncommand=echo";
