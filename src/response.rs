@@ -25,13 +25,14 @@ pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 const PLAIN: &str = "text/plain; charset=utf-8";
 const PAGE: &[u8] = include_bytes!("console.html");
 
-/// Never an old page after an upgrade; nothing but what stands in the page itself, and this server to talk to.
+/// Never an old page after an upgrade; nothing but this very script and style, and this server to talk to.
 const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     Cache-Control: no-store\r\n\
     Referrer-Policy: no-referrer\r\n\
-    Content-Security-Policy: default-src 'none'; script-src 'unsafe-inline'; \
-    style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; \
-    frame-ancestors 'none'\r\n";
+    Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
+    script-src 'sha256-yDjcURCcTCL1fg92HchReRt4yNAP8OZy6Y2RsTBWcmA='; \
+    style-src 'sha256-ipOlaHoilFAs5Uu1X+AZsmMuEVzQMlfSfnpAalJmZ14='; \
+    base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 
 const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
     Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n";
@@ -146,5 +147,61 @@ pub fn explain(answer: &Answer) -> (&'static str, &str) {
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
         Busy(why) => ("503 Service Unavailable", why),
         Version => ("505 HTTP Version Not Supported", "HTTP version is not 1.x"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    /// `sha256-…` of what stands between two tags of the page, as the policy has it.
+    fn hash(tag: &str) -> String {
+        let page = std::str::from_utf8(PAGE).unwrap();
+        let (_, rest) = page.split_once(&format!("<{tag}>")).unwrap();
+        let (inside, rest) = rest.split_once(&format!("</{tag}>")).unwrap();
+        assert!(!rest.contains(&format!("<{tag}")));
+        let mut command = Command::new("sha256sum")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        command
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(inside.as_bytes())
+            .unwrap();
+        let hex = command.wait_with_output().unwrap().stdout;
+        let digit = |place: usize| char::from(hex[place]).to_digit(16).unwrap();
+        let bits = |place: usize| {
+            (0..4)
+                .map(|offset| {
+                    if place + offset < 64 {
+                        digit(place + offset)
+                    } else {
+                        0
+                    }
+                })
+                .fold(0, |all, each| all << 4 | each)
+        };
+        let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let sextet = |number: usize| {
+            let (place, shift) = (number * 6 / 4, 16 - 6 - number * 6 % 4);
+            char::from(alphabet[(bits(place) >> shift & 63) as usize])
+        };
+        (0..43).map(sextet).chain(['=']).collect()
+    }
+
+    #[test]
+    fn the_policy_admits_the_page_s_own_script_and_style() {
+        for tag in ["script", "style"] {
+            let source = format!("{tag}-src 'sha256-{}'", hash(tag));
+            assert!(
+                PAGE_FIELDS.contains(&source),
+                "the page has changed: {source}"
+            );
+        }
     }
 }

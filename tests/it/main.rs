@@ -1,6 +1,7 @@
 //! Black-box tests: they start the built binary and speak to it over sockets. Each server takes a free port, and each test ends what
 //! it started by its process id.
 
+mod browser;
 mod callers;
 mod life;
 mod limits;

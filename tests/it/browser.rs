@@ -1,0 +1,417 @@
+//! The console page, and a browser's own EventSource, in a real browser: Chromium, driven by WebDriver.
+
+use crate::support::*;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+/// A browser with one window.
+struct Browser {
+    driver: Child,
+    session: String,
+    _profile: Folder,
+}
+
+impl Browser {
+    fn open(url: &str) -> Browser {
+        let mut driver = Command::new("chromedriver")
+            .arg("--port=0")
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(driver.stdout.take().unwrap()).lines();
+        let line = lines
+            .find(|line| line.as_ref().unwrap().contains("successfully on port"))
+            .unwrap()
+            .unwrap();
+        std::thread::spawn(move || lines.for_each(drop));
+        let port = line
+            .trim_end_matches('.')
+            .rsplit(' ')
+            .next()
+            .unwrap()
+            .to_string();
+        let profile = Folder::new();
+        let flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--disable-dev-shm-usage",
+            "--window-size=1000,700",
+        ];
+        let flags: Vec<_> = flags.iter().map(|flag| format!("\"{flag}\"")).collect();
+        let options = format!(
+            "{{\"args\":[{},\"--user-data-dir={}\"]}}",
+            flags.join(","),
+            profile.path("profile")
+        );
+        let capabilities = format!(
+            "{{\"capabilities\":{{\"alwaysMatch\":{{\"goog:chromeOptions\":{options}}}}}}}"
+        );
+        let base = format!("http://127.0.0.1:{port}/session");
+        let answer = ureq::post(&base)
+            .send(capabilities.as_str())
+            .unwrap()
+            .body_mut()
+            .read_to_string()
+            .unwrap();
+        let id = answer
+            .split("\"sessionId\":\"")
+            .nth(1)
+            .unwrap()
+            .split('"')
+            .next()
+            .unwrap();
+        let browser = Browser {
+            driver,
+            session: format!("{base}/{id}"),
+            _profile: profile,
+        };
+        browser.go(url);
+        browser
+    }
+
+    fn post(&self, path: &str, content: &str) -> String {
+        let request = ureq::post(format!("{}/{path}", self.session));
+        let request = request.config().http_status_as_error(false).build();
+        let answer = request
+            .send(content)
+            .unwrap()
+            .body_mut()
+            .read_to_string()
+            .unwrap();
+        assert!(
+            !answer.starts_with("{\"value\":{\"error\""),
+            "{content}: {answer}"
+        );
+        answer
+    }
+
+    fn go(&self, url: &str) {
+        self.post("url", &format!("{{\"url\":{}}}", json(url)));
+    }
+
+    /// What a function's body returns, as text.
+    fn script(&self, body: &str) -> String {
+        let script = format!("return String((() => {{ {body} }})())");
+        let answer = self.post(
+            "execute/sync",
+            &format!("{{\"script\":{},\"args\":[]}}", json(&script)),
+        );
+        let text = answer
+            .strip_prefix("{\"value\":\"")
+            .and_then(|rest| rest.strip_suffix("\"}"));
+        let text = text.unwrap_or_else(|| panic!("{body}: {answer}"));
+        text.replace("\\n", "\n")
+            .replace("\\\"", "\"")
+            .replace("\\u003C", "<")
+            .replace("\\\\", "\\")
+    }
+
+    fn until(&self, what: &str, body: &str) {
+        wait_for(what, || self.script(body) == "true");
+    }
+
+    /// Types into the focused element; `\u{e007}` is Enter, `\u{e013}` and `\u{e015}` the arrows.
+    fn keys(&self, text: &str) {
+        let actions: Vec<_> = text
+            .chars()
+            .flat_map(|key| {
+                ["keyDown", "keyUp"].map(|kind| {
+                    format!(
+                        "{{\"type\":\"{kind}\",\"value\":{}}}",
+                        json(&key.to_string())
+                    )
+                })
+            })
+            .collect();
+        self.post(
+            "actions",
+            &format!(
+                "{{\"actions\":[{{\"type\":\"key\",\"id\":\"k\",\"actions\":[{}]}}]}}",
+                actions.join(",")
+            ),
+        );
+    }
+
+    fn run(&self, command: &str) {
+        self.script("document.querySelector('[aria-label=Command]').value = ''; document.querySelector('[aria-label=Command]').focus()");
+        self.keys(&format!("{command}\u{e007}"));
+    }
+
+    fn status(&self) -> String {
+        self.script("return document.querySelector('[role=status]').textContent")
+    }
+
+    fn output(&self) -> String {
+        self.script("return document.querySelector('[role=log][aria-label=Output]').textContent")
+    }
+
+    fn press(&self, button: &str) {
+        self.script(&format!("[...document.querySelectorAll('button')].find((each) => each.textContent === '{button}').click()"));
+    }
+
+    fn ends_as(&self, status: &str) {
+        self.until(
+            &format!("the status {status}"),
+            &format!("return document.querySelector('[role=status]').textContent === '{status}'"),
+        );
+    }
+}
+
+impl Drop for Browser {
+    fn drop(&mut self) {
+        let _ = ureq::delete(&self.session).call();
+        let _ = self.driver.kill();
+        let _ = self.driver.wait();
+    }
+}
+
+fn json(text: &str) -> String {
+    let escape = |character: char| match character {
+        '"' | '\\' => format!("\\{character}"),
+        ' '..='~' => character.to_string(),
+        other => format!("\\u{:04x}", u32::from(other)),
+    };
+    format!("\"{}\"", text.chars().map(escape).collect::<String>())
+}
+
+/// The address of a page that is not the server's.
+fn plain_page() -> std::net::SocketAddr {
+    use std::io::{Read, Write};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            // A browser also opens connections on which it says nothing.
+            std::thread::spawn(move || {
+                let _ = stream.read(&mut [0; 4096]);
+                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: 5\r\n\r\nHello");
+            });
+        }
+    });
+    address
+}
+
+fn console(options: &[&str]) -> (Server, Browser) {
+    let server = Server::start(options);
+    let browser = Browser::open(&format!("http://{}/", server.address));
+    (server, browser)
+}
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_page_runs_commands() {
+    let (server, browser) = console(&[]);
+    assert_eq!(browser.status(), "ready");
+    browser.run("sh -c 'echo out; echo err >&2; exit 3'");
+    browser.ends_as("exited 3");
+    assert!(
+        browser
+            .script("return document.querySelector('[role=status]').className")
+            .contains("bad")
+    );
+    assert_eq!(browser.script("return [...document.querySelectorAll('[data-stream=stderr]')].map((each) => each.textContent).join('')"), "err");
+    assert!(browser.output().contains("out\n") && browser.output().contains("err\n"));
+    browser.run("sh -c 'kill -9 $$'");
+    browser.ends_as("killed by signal 9");
+    assert_eq!(browser.output(), "");
+    browser.run("nonesuch");
+    browser.until("the failure", "return document.querySelector('[role=status]').textContent.startsWith('failed: cannot run nonesuch')");
+    browser.run("'open");
+    browser.until("the refusal", "return document.querySelector('[role=status]').textContent.includes('unclosed single quote')");
+    // Live: the command waits for a file that is made once its output is there.
+    let folder = Folder::new();
+    browser.run(&format!(
+        "sh -c 'echo live; until [ -e {} ]; do sleep 0.02; done; echo over'",
+        folder.path("gate")
+    ));
+    browser.until(
+        "live output",
+        "return document.querySelector('[role=log]').textContent.startsWith('live')",
+    );
+    assert!(
+        browser.status().starts_with("running "),
+        "{}",
+        browser.status()
+    );
+    folder.write("gate", "");
+    browser.ends_as("exited 0");
+    assert_eq!(browser.output(), "live\nover\n");
+    // Most recent first, without doubles; a draft is kept.
+    browser.run("echo one");
+    browser.ends_as("exited 0");
+    browser.run("nonesuch");
+    browser.until(
+        "the failure",
+        "return document.querySelector('[role=status]').textContent.startsWith('failed')",
+    );
+    browser.script("document.querySelector('[aria-label=Command]').value = 'draft'; document.querySelector('[aria-label=Command]').focus()");
+    let field = "return document.querySelector('[aria-label=Command]').value";
+    browser.keys("\u{e013}");
+    assert_eq!(browser.script(field), "nonesuch");
+    browser.keys("\u{e013}");
+    assert_eq!(browser.script(field), "echo one");
+    browser.keys("\u{e015}\u{e015}");
+    assert_eq!(browser.script(field), "draft");
+    // A link fills the field in, and runs nothing.
+    let runs = server.log().matches(" run ").count();
+    browser.go("about:blank");
+    browser.go(&format!(
+        "http://{}/#touch%20{}",
+        server.address,
+        folder.path("linked")
+    ));
+    assert_eq!(
+        browser.script(field),
+        format!("touch {}", folder.path("linked"))
+    );
+    assert_eq!(server.log().matches(" run ").count(), runs);
+}
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_page_ends_commands() {
+    let (mut server, browser) = console(&[]);
+    let begin = |number: usize| {
+        browser.run("sleep 1000");
+        wait_for("the command", || {
+            server.log().matches("command=\"sleep 1000\"").count() == number
+        });
+        *server.children().last().unwrap()
+    };
+    let pid = begin(1);
+    browser.press("Stop");
+    browser.ends_as("stopped");
+    is_gone(pid);
+    let pid = begin(2);
+    browser.go("about:blank");
+    is_gone(pid);
+    browser.go(&format!("http://{}/", server.address));
+    begin(3);
+    server.process.kill().unwrap();
+    server.process.wait().unwrap();
+    browser.until(
+        "the loss",
+        "return document.querySelector('[role=status]').textContent.startsWith('connection lost')",
+    );
+}
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_page_shows_output_as_a_terminal_does() {
+    let (_server, browser) = console(&[]);
+    browser.run("printf '<img src=x onerror=document.title=1><b>'");
+    browser.ends_as("exited 0");
+    assert_eq!(browser.output(), "<img src=x onerror=document.title=1><b>");
+    assert_eq!(browser.script("return document.querySelectorAll('[role=log] img, [role=log] b').length + document.title"), "0SSECommander");
+    browser.run("printf 'a\\033[31mred\\033[0m\\033[2J\\033]0;title\\007b\\033[1;38;5;196mc'");
+    browser.ends_as("exited 0");
+    assert_eq!(browser.output(), "aredbc");
+    let colour = "return getComputedStyle([...document.querySelectorAll('[role=log] span span')].find((each) => each.textContent === 'red')).color !== getComputedStyle(document.body).color";
+    assert_eq!(browser.script(colour), "true");
+    browser.run("printf '10%%\\r100%%\\nab\\bc\\tx\\nlong\\rs\\033[K!'");
+    browser.ends_as("exited 0");
+    assert_eq!(browser.output(), "100%\nac      x\ns!");
+    // An escape that comes in two pieces.
+    browser.run("sh -c 'printf \"x\\033[3\"; sleep 0.3; printf \"1my\"'");
+    browser.ends_as("exited 0");
+    assert_eq!(browser.output(), "xy");
+}
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_page_survives_a_flood() {
+    let (server, browser) = console(&[]);
+    browser.run("yes 0123456789012345678901234567890123456789");
+    browser.until(
+        "lines to be dropped",
+        "return !document.querySelector('#dropped').hidden",
+    );
+    for _ in 0..20 {
+        let kept = browser.script("const text = document.querySelector('[role=log]').textContent; return text.length < 2.2e6 && text.split('\\n').length < 5100");
+        assert_eq!(kept, "true");
+    }
+    browser.press("Stop");
+    browser.ends_as("stopped");
+    wait_for("the command to end", || server.children().is_empty());
+}
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_page_asks_for_a_token() {
+    let folder = Folder::new();
+    let file = folder.write("token", "s3cret");
+    let (server, browser) = console(&["--token-file", &file]);
+    let hidden = "return document.querySelector('label[for=token]').textContent + document.querySelector('#credentials').hidden";
+    assert_eq!(browser.script(hidden), "Tokentrue");
+    browser.run("echo hi");
+    browser.ends_as("a token is needed");
+    assert_eq!(browser.script(hidden), "Tokenfalse");
+    browser.keys("wrong\u{e007}");
+    browser.ends_as("refused: the token is wrong");
+    browser.keys("s3cret\u{e007}");
+    browser.ends_as("exited 0");
+    assert_eq!(
+        (browser.output().as_str(), browser.script(hidden).as_str()),
+        ("hi\n", "Tokentrue")
+    );
+    browser.run("echo again");
+    browser.until(
+        "the second run",
+        "return document.querySelector('[role=log]').textContent === 'again\\n'",
+    );
+    assert!(!server.log().contains("s3cret"));
+}
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_event_source_runs_a_command_once() {
+    let folder = Folder::new();
+    let file = folder.path("count");
+    let (server, browser) = console(&[]);
+    let listen = |browser: &Browser, address: &str, command: &str| {
+        let url = format!("http://{address}{}", run_target(command));
+        browser.script(&format!(
+            "window.seen = []; const source = new EventSource('{url}'); for (const name of ['start', 'stdout', 'exit']) source.addEventListener(name, (event) => window.seen.push(name)); source.onerror = () => window.seen.push('error' + source.readyState)"
+        ));
+    };
+    listen(
+        &browser,
+        &server.address,
+        &format!("sh -c 'echo x >> {file}; echo y'"),
+    );
+    browser.until(
+        "the stream to be over",
+        "return window.seen.at(-1) === 'error2'",
+    );
+    assert_eq!(
+        browser.script("return window.seen.join()"),
+        "start,stdout,exit,error0,error2"
+    );
+    std::thread::sleep(std::time::Duration::from_secs(10));
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "x\n");
+    // A page of another origin: refused, unless it is allowed.
+    let page = plain_page();
+    let origin = format!("http://{page}");
+    browser.go(&format!("{origin}/"));
+    let other = Server::start(&[]);
+    let friendly = Server::start(&["--allow-origin", &origin]);
+    listen(
+        &browser,
+        &other.address,
+        &format!("touch {}", folder.path("foreign")),
+    );
+    browser.until("the refusal", "return window.seen.join() === 'error2'");
+    assert!(!folder.0.join("foreign").exists());
+    listen(&browser, &friendly.address, "echo hi");
+    browser.until(
+        "the friendly stream",
+        "return window.seen.join().startsWith('start,stdout,exit')",
+    );
+}
