@@ -30,7 +30,7 @@ const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     Cache-Control: no-store\r\n\
     Referrer-Policy: no-referrer\r\n\
     Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
-    script-src 'sha256-J0l2XLifuu71apmyOedpDvg2Yjn2lJssQzPLCKrpuOc='; \
+    script-src 'sha256-JU9tgD/HXRXcEZ9h9dcO7yC60T3UDlEZWPhC2wbOS3k='; \
     style-src 'sha256-ipOlaHoilFAs5Uu1X+AZsmMuEVzQMlfSfnpAalJmZ14='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 

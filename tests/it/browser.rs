@@ -293,9 +293,10 @@ fn browser_page_ends_commands() {
     browser.go("about:blank");
     is_gone(pid);
     browser.go(&format!("http://{}/", server.address));
-    begin(3);
+    let orphan = begin(3);
     server.process.kill().unwrap();
     server.process.wait().unwrap();
+    signal_process(orphan, "KILL");
     browser.until(
         "the loss",
         "return document.querySelector('[role=status]').textContent.startsWith('connection lost')",

@@ -3,6 +3,7 @@
 
 mod browser;
 mod callers;
+mod clients;
 mod life;
 mod limits;
 mod requests;

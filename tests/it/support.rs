@@ -168,7 +168,18 @@ impl Server {
 }
 
 impl Drop for Server {
+    /// Ends the server in its own way, since only that ends its commands; the second signal makes it quick.
     fn drop(&mut self) {
+        for _ in 0..2 {
+            let _ = Command::new("kill")
+                .arg(self.process.id().to_string())
+                .stderr(Stdio::null())
+                .status();
+        }
+        let deadline = Instant::now() + Duration::from_secs(3);
+        while Instant::now() < deadline && matches!(self.process.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         let _ = self.process.kill();
         let _ = self.process.wait();
     }

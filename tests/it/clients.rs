@@ -1,0 +1,258 @@
+//! Other people's clients and proxies, as they are installed.
+
+use crate::support::*;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
+
+/// A program that runs until the test is over.
+struct Running(Child, &'static str);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = Command::new("kill")
+            .args(["-s", self.1, &self.0.id().to_string()])
+            .status();
+        let _ = self.0.wait();
+    }
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
+}
+
+fn text_of(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// A proxy with this configuration, once it answers on `port`.
+fn proxy(folder: &Folder, program: &str, configuration: &str, port: u16) -> Running {
+    let file = folder.write("proxy.conf", configuration);
+    let mut command = Command::new(program);
+    match program {
+        "nginx" => command.args([
+            "-p",
+            folder.0.to_str().unwrap(),
+            "-c",
+            &file,
+            "-g",
+            "daemon off;",
+        ]),
+        _ => command.args(["-f", &file, "-db"]),
+    };
+    // nginx takes its workers along; HAProxy would wait for its connections.
+    let signal = if program == "nginx" { "TERM" } else { "KILL" };
+    let running = Running(
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+        signal,
+    );
+    wait_for(program, || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    running
+}
+
+fn nginx(folder: &Folder, port: u16, upstreams: &str, location: &str) -> Running {
+    let configuration = format!(
+        "pid nginx.pid; error_log error.log; worker_processes 1; events {{}}
+        http {{ access_log off; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
+        upstream commander {{ {upstreams} }}
+        server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://commander; {location} }} }} }}"
+    );
+    proxy(folder, "nginx", &configuration, port)
+}
+
+fn haproxy(folder: &Folder, port: u16, backend: &str) -> Running {
+    let configuration = format!(
+        "defaults\n mode http\n option abortonclose\n timeout connect 5s\n timeout client 1h\n timeout server 1h\nfrontend f\n bind 127.0.0.1:{port}\n default_backend b\nbackend b\n{backend}"
+    );
+    proxy(folder, "haproxy", &configuration, port)
+}
+
+/// Through `address`, events come one by one, and a client that leaves ends its command.
+fn streams_and_ends(server: &Server, address: &str, fields: &[&str]) {
+    let folder = Folder::new();
+    let gate = folder.path("gate");
+    let command = format!(
+        "sh -c 'echo first; until [ -e {gate} ]; do sleep 0.02; done; echo second; exec sleep 1000'"
+    );
+    let mut curl = Command::new("curl");
+    curl.args(["-sN", &format!("http://{address}{}", run_target(&command))]);
+    fields.iter().for_each(|field| _ = curl.args(["-H", field]));
+    let mut curl = curl.stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(curl.stdout.take().unwrap()).lines();
+    let mut read_to = |text: &str| lines.any(|line| line.unwrap().contains(text));
+    assert!(read_to("first"));
+    folder.write("gate", "");
+    assert!(read_to("second"));
+    let children = server.children();
+    assert_eq!(children.len(), 1);
+    curl.kill().unwrap();
+    curl.wait().unwrap();
+    is_gone(children[0]);
+}
+
+#[test]
+#[ignore = "needs curl"]
+fn clients_curl() {
+    let server = Server::start(&[]);
+    let url = format!("http://{}/run", server.address);
+    let events = parse_events(
+        text_of(
+            "curl",
+            &["-sN", "--data-urlencode", "command=echo a&b", &url],
+        )
+        .as_bytes(),
+    );
+    assert_eq!(
+        (
+            output(&events, "stdout").as_str(),
+            outcome(&events).as_str()
+        ),
+        ("a&b\n", "exited:0")
+    );
+    let folder = Folder::new();
+    let large = folder.write("large", vec![b'x'; 3 << 20]);
+    // Over 1 MiB curl expects 100 Continue.
+    let count = text_of(
+        "curl",
+        &[
+            "-sN",
+            "-H",
+            "Accept: text/plain",
+            "--data-binary",
+            &format!("@{large}"),
+            &format!("{url}?command=wc+-c"),
+        ],
+    );
+    assert_eq!(count.trim(), (3 << 20).to_string());
+    let chunked = text_of(
+        "curl",
+        &[
+            "-sN",
+            "-H",
+            "Accept: text/plain",
+            "-X",
+            "POST",
+            "-T",
+            &large,
+            "-H",
+            "Transfer-Encoding: chunked",
+            &format!("{url}?command=wc+-c"),
+        ],
+    );
+    assert_eq!(chunked.trim(), (3 << 20).to_string());
+    streams_and_ends(&server, &server.address, &[]);
+}
+
+#[test]
+#[ignore = "needs busybox and nc"]
+fn clients_busybox_and_nc() {
+    let server = Server::start(&[]);
+    let events = text_of(
+        "busybox",
+        &[
+            "wget",
+            "-q",
+            "-O",
+            "-",
+            &format!("http://{}/run?command=echo+hi", server.address),
+        ],
+    );
+    assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
+    let (host, port) = server.address.split_once(':').unwrap();
+    let mut nc = Command::new("nc")
+        .args(["-N", host, port])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    nc.stdin
+        .take()
+        .unwrap()
+        .write_all(b"GET /run?command=sh+-c+'sleep+0.5;+echo+late' HTTP/1.0\r\n\r\n")
+        .unwrap();
+    let output = String::from_utf8(nc.wait_with_output().unwrap().stdout).unwrap();
+    assert!(
+        output.contains("late\\n") && output.contains("event: exit"),
+        "{output}"
+    );
+}
+
+#[test]
+#[ignore = "needs nginx"]
+fn clients_behind_nginx() {
+    let (folder, port) = (Folder::new(), free_port());
+    let address = format!("127.0.0.1:{port}");
+    // As it comes, nginx sends its upstream's name as Host, which rule 1 refuses, unless there is a token.
+    let token = folder.write("token", "s3cret");
+    let with_token = Server::start(&["--token-file", &token]);
+    let plain = nginx(
+        &folder,
+        port,
+        &format!("server {};", with_token.address),
+        "",
+    );
+    streams_and_ends(&with_token, &address, &["Authorization: Bearer s3cret"]);
+    drop(plain);
+    let (server, full, port) = (
+        Server::start(&[]),
+        Server::start(&["--max-connections", "1"]),
+        free_port(),
+    );
+    let address = format!("127.0.0.1:{port}");
+    let (_held, _) = full.begin("sleep 1000");
+    let location = "proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host localhost; \
+        proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 1h; proxy_next_upstream error timeout http_503;";
+    let upstreams = format!(
+        "server {} max_fails=0; server {} max_fails=0;",
+        full.address, server.address
+    );
+    let _proxy = nginx(&folder, port, &upstreams, location);
+    streams_and_ends(&server, &address, &[]);
+    for _ in 0..4 {
+        let events = text_of(
+            "curl",
+            &["-sN", &format!("http://{address}/run?command=echo+hi")],
+        );
+        assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
+    }
+}
+
+#[test]
+#[ignore = "needs haproxy"]
+fn clients_behind_haproxy() {
+    let (folder, port) = (Folder::new(), free_port());
+    let (server, full) = (
+        Server::start(&[]),
+        Server::start(&["--max-connections", "1"]),
+    );
+    let (_held, _) = full.begin("sleep 1000");
+    let backend = format!(
+        " http-request set-header Host localhost\n retries 2\n option redispatch 1\n retry-on conn-failure 503\n balance roundrobin\n server a {}\n server b {}\n",
+        full.address, server.address
+    );
+    let _proxy = haproxy(&folder, port, &backend);
+    let address = format!("127.0.0.1:{port}");
+    streams_and_ends(&server, &address, &[]);
+    for _ in 0..4 {
+        let events = text_of(
+            "curl",
+            &["-sN", &format!("http://{address}/run?command=echo+hi")],
+        );
+        assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
+    }
+}
