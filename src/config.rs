@@ -21,7 +21,7 @@ pub const TOKEN_VARIABLE: &str = "SSECOMMANDER_TOKEN";
 const USAGE: &str = include_str!("usage.txt");
 
 const FLAGS: &str = " -h --help -V --version -v --verbose --no-token ";
-const YEAR: f64 = 365.0 * 86_400.0;
+const YEAR: Duration = Duration::from_secs(365 * 86_400);
 
 impl Config {
     /// Reads the arguments, without the program's name, and the token's variable.
@@ -146,11 +146,14 @@ fn count(text: &str) -> Option<usize> {
     text.parse().ok().filter(|&number| number > 0)
 }
 
-/// Plain decimal seconds: no sign, no exponent.
+/// Plain decimal seconds, at most a year: no sign, no exponent. What is below a nanosecond is dropped.
 fn seconds(text: &str) -> Option<Duration> {
-    let plain = text.chars().all(|c| c.is_ascii_digit() || c == '.');
-    let seconds: f64 = text.parse().ok()?;
-    (plain && seconds <= YEAR).then(|| Duration::from_secs_f64(seconds))
+    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
+    let plain =
+        !text.is_empty() && text != "." && text.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let seconds = format!("0{whole}").parse().ok().filter(|_| plain)?;
+    let nanos = format!("{fraction:0<9}").get(..9)?.parse().ok()?;
+    Some(Duration::new(seconds, nanos)).filter(|&time| time <= YEAR)
 }
 
 fn some_seconds(text: &str) -> Option<Duration> {
