@@ -13,7 +13,7 @@ use std::{fs, io, net};
 /// A burst of clients waits in the backlog; beyond it they would wait a second for their SYN to be sent again.
 const BACKLOG: i32 = 4096;
 /// Heads are small; content passes through in pieces of this size.
-const INPUT_BUFFER: usize = 8 << 10;
+const INPUT_BUFFER: usize = 4 << 10;
 
 /// Where to listen.
 #[derive(Clone)]

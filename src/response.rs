@@ -113,11 +113,11 @@ impl Manner<'_> {
     }
 }
 
-/// Whether the rest of the connection cannot be understood after this answer.
-pub fn breaks_framing(answer: &Answer) -> bool {
+/// Whether the connection ends with this answer: what follows cannot be understood, or there is no place even for this one.
+pub fn ends_connection(answer: &Answer) -> bool {
     use Answer::*;
-    let too_large = matches!(answer, LineTooLong | HeadTooLarge);
-    too_large || matches!(answer, Late | Malformed(_) | Version | Coding)
+    let too_much = matches!(answer, LineTooLong | HeadTooLarge | Busy(_));
+    too_much || matches!(answer, Late | Malformed(_) | Version | Coding)
 }
 
 /// The status, and the words for the client and the log.

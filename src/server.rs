@@ -120,7 +120,7 @@ impl Conversation {
             let request = request.as_ref().filter(|_| answer != Answer::Gone)?;
             // Whether a client that was not told to go on sends its content all the same cannot be known.
             close |= request.awaits_continue || request.left > MOST_SKIPPED;
-            close |= response::breaks_framing(&answer);
+            close |= response::ends_connection(&answer);
             self.reply(&request.head, &answer, close);
         }
         let open = request.filter(|_| !close && sys::signals() == 0);

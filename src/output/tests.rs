@@ -215,27 +215,21 @@ fn a_batch_is_a_chunk() {
 /// Every byte at every place of a word, beside every neighbour that could borrow from it.
 #[test]
 fn the_search_finds_what_a_plain_one_finds() {
-    let plain = |text: &[u8]| {
-        text.iter()
-            .position(|&byte| byte < 0x20 || byte == b'"' || byte == b'\\')
-    };
+    let must_escape = |&byte: &u8| byte < 0x20 || byte == b'"' || byte == b'\\';
+    let neighbours = [
+        0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff,
+    ];
     for length in 0..20 {
         for place in 0..length {
-            for byte in 0..=255 {
-                for neighbour in [
-                    0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff,
-                ] {
-                    let mut text = vec![b'x'; length];
-                    text[place] = byte;
-                    if let Some(after) = text.get_mut(place + 1) {
-                        *after = neighbour;
-                    }
-                    assert_eq!(
-                        clean_prefix(&text),
-                        plain(&text).unwrap_or(length),
-                        "{text:x?}"
-                    );
+            for (byte, neighbour) in (0..=255).flat_map(|byte| neighbours.map(|each| (byte, each)))
+            {
+                let mut text = vec![b'x'; length];
+                text[place] = byte;
+                if let Some(after) = text.get_mut(place + 1) {
+                    *after = neighbour;
                 }
+                let expected = text.iter().position(must_escape).unwrap_or(length);
+                assert_eq!(clean_prefix(&text), expected, "{text:x?}");
             }
         }
     }
