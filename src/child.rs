@@ -4,7 +4,7 @@
 //! drain, signal, reap. Reader threads block in `read`, the cheapest way to wait, and are woken by a signal where something outside
 //! the group keeps a pipe open; a `poll` before each read would cost a call per piece of output.
 
-use crate::output::{Format, Source};
+use crate::output::{Format, SOURCES};
 use crate::request::{Answer, Request, Result};
 use crate::{listener::Input, sys};
 use std::io::{self, ErrorKind, prelude::*};
@@ -29,8 +29,8 @@ const MOST_IN_PIPE: usize = 1 << 20;
 /// A request, the rest of whose content may be a command's standard input.
 pub type Feed = Request<io::BufReader<Input>>;
 
-/// A piece of output, as it was read.
-pub type Piece = (Source, Vec<u8>);
+/// A piece of output, as it was read from one of [`SOURCES`].
+pub type Piece = (usize, Vec<u8>);
 
 /// A started command. It is killed with its group, and reaped, on every way out.
 pub struct Child {
@@ -66,7 +66,7 @@ impl Child {
         let (sender, pieces) = sync_channel(QUEUE);
         let stop = Arc::default();
         let (mut readers, mut ends) = (Vec::new(), Vec::new());
-        for source in [Source::Stdout, Source::Stderr] {
+        for source in 0..SOURCES.len() {
             let (pipe, end) = sys::pipe().map_err(exhausted)?;
             let (stop, sender) = (Arc::clone(&stop), sender.clone());
             let read = move || read_pipe(source, pipe.into(), &stop, &sender);
@@ -198,7 +198,7 @@ fn why_not_started(error: &io::Error, program: &OsStr, format: Format) -> Answer
     }
 }
 
-fn read_pipe(source: Source, mut pipe: File, stop: &AtomicBool, pieces: &SyncSender<Piece>) {
+fn read_pipe(source: usize, mut pipe: File, stop: &AtomicBool, pieces: &SyncSender<Piece>) {
     let (mut size, mut after_stop) = (FIRST_BUFFER, 0);
     while after_stop < MOST_IN_PIPE {
         let stopping = stop.load(SeqCst);

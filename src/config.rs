@@ -25,10 +25,8 @@ const YEAR: Duration = Duration::from_secs(365 * 86_400);
 
 impl Config {
     /// Reads the arguments, without the program's name, and the token's variable.
-    pub fn parse(
-        mut arguments: impl Iterator<Item = String>,
-        token: Option<String>,
-    ) -> Result<Config, Exit> {
+    pub fn parse(arguments: Vec<String>, token: Option<String>) -> Result<Config, Exit> {
+        let mut arguments = arguments.into_iter();
         let mut config = Config::default();
         let (mut token_file, mut no_token) = (None, false);
         while let Some(argument) = arguments.next() {
@@ -37,31 +35,20 @@ impl Config {
                 _ if is_flag(&argument) => (argument.as_str(), None),
                 _ => (argument.as_str(), arguments.next()),
             };
-            let given = Given { name, value };
+            let given = (name, value);
             let (limits, policy) = (&mut config.limits, &mut config.policy);
             match name {
-                "-l" | "--listen" => config.address = given.get(ADDRESS, Address::parse)?,
-                "--allow" => policy
-                    .allowed
-                    .push(given.get("a command line", command_line)?),
-                "--token-file" => {
-                    token_file = Some(given.get("a path", |path| Some(path.to_string()))?)
-                }
-                "--allow-origin" => policy.origins.push(given.get(ORIGIN, origin)?),
-                "--max-connections" => {
-                    config.max_connections = given.get("a number from 1", count)?
-                }
-                "--timeout" => {
-                    limits.timeout =
-                        Some(given.get(SECONDS, seconds)?).filter(|time| !time.is_zero())
-                }
-                "--grace" => limits.grace = given.get(SECONDS, seconds)?,
-                "--heartbeat" => limits.heartbeat = given.get(SOME_SECONDS, some_seconds)?,
-                "--stall" => limits.stall = given.get(SOME_SECONDS, some_seconds)?,
-                _ if !is_flag(name) => {
-                    return Err(usage(&["unknown option", name]));
-                }
-                _ if given.value.is_some() => return Err(usage(&[name, "takes no value"])),
+                "-l" | "--listen" => config.address = get(&given, ADDRESS, Address::parse)?,
+                "--allow" => policy.allowed.push(get(&given, COMMAND, command_line)?),
+                "--token-file" => token_file = Some(get(&given, "a path", path)?),
+                "--allow-origin" => policy.origins.push(get(&given, ORIGIN, origin)?),
+                "--max-connections" => config.max_connections = get(&given, COUNT, count)?,
+                "--timeout" => limits.timeout = get(&given, SECONDS, seconds)?,
+                "--grace" => limits.grace = get(&given, SECONDS, seconds)?,
+                "--heartbeat" => limits.heartbeat = get(&given, SOME_SECONDS, some_seconds)?,
+                "--stall" => limits.stall = get(&given, SOME_SECONDS, some_seconds)?,
+                _ if !is_flag(name) => return Err(usage(&["no such option:", name])),
+                _ if given.1.is_some() => return Err(usage(&[name, "takes no value"])),
                 "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
                 "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
                 "--no-token" => no_token = true,
@@ -79,7 +66,10 @@ impl Config {
     fn check_exposure(&self) -> Result<(), Exit> {
         const REMEDY: &str = "set --token-file, or say --no-token";
         if self.address.is_exposed() {
-            let why = format!("{} can be reached from other hosts: {REMEDY}", self.address);
+            let why = format!(
+                "{} can be reached from other hosts: {REMEDY}",
+                self.address.name()
+            );
             return Err(Exit(1, why));
         }
         if self.policy.origins.iter().any(|origin| origin == "*") {
@@ -96,7 +86,7 @@ impl Default for Config {
             address: Address::Tcp((Ipv4Addr::LOCALHOST, 3000).into()),
             policy: Policy::default(),
             limits: Limits {
-                timeout: None,
+                timeout: Duration::ZERO,
                 grace: Duration::from_secs(2),
                 heartbeat: Duration::from_secs(15),
                 stall: Duration::from_secs(60),
@@ -107,22 +97,19 @@ impl Default for Config {
     }
 }
 
-/// An option and what follows it.
-struct Given<'a> {
-    name: &'a str,
-    value: Option<String>,
+/// An option's name, and what follows it.
+type Given<'a> = (&'a str, Option<String>);
+
+/// The value after an option, as `parse` understands it; `what` is what it has to be.
+fn get<T>(given: &Given, what: &str, parse: fn(&str) -> Option<T>) -> Result<T, Exit> {
+    let (name, Some(value)) = given else {
+        return Err(usage(&[given.0, "needs", what]));
+    };
+    parse(value).ok_or_else(|| usage(&[name, value, "is not", what]))
 }
 
-impl Given<'_> {
-    /// The value as `parse` understands it; `what` is what it has to be.
-    fn get<T>(&self, what: &str, parse: impl Fn(&str) -> Option<T>) -> Result<T, Exit> {
-        let Some(value) = &self.value else {
-            return Err(usage(&[self.name, "needs", what]));
-        };
-        parse(value).ok_or_else(|| usage(&[self.name, value, "is not", what]))
-    }
-}
-
+const COMMAND: &str = "a command line";
+const COUNT: &str = "a number from 1";
 const ADDRESS: &str = "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH";
 const ORIGIN: &str = "an origin as browsers send it (https://ops.example), or *";
 const SECONDS: &str = "seconds, 0 to 31536000";
@@ -140,6 +127,10 @@ fn is_flag(name: &str) -> bool {
 fn command_line(text: &str) -> Option<Vec<Vec<u8>>> {
     let words = words::split(text.as_bytes()).ok()?;
     if words.is_empty() { None } else { Some(words) }
+}
+
+fn path(text: &str) -> Option<String> {
+    Some(text.to_string())
 }
 
 fn count(text: &str) -> Option<usize> {
@@ -200,7 +191,7 @@ mod tests {
     use super::*;
 
     fn parse(line: &[&str], token: Option<&str>) -> Result<Config, String> {
-        let arguments = line.iter().map(|argument| argument.to_string());
+        let arguments = line.iter().map(|argument| argument.to_string()).collect();
         let parsed = Config::parse(arguments, token.map(str::to_string));
         parsed.map_err(|Exit(status, why)| format!("{status} {why}"))
     }
@@ -229,7 +220,7 @@ mod tests {
                     parse(line, None)
                         .unwrap_or_else(|why| panic!("{why}"))
                         .address
-                        .to_string(),
+                        .name(),
                     expected
                 );
             }

@@ -16,7 +16,6 @@ const BACKLOG: i32 = 4096;
 const INPUT_BUFFER: usize = 4 << 10;
 
 /// Where to listen.
-#[derive(Clone)]
 pub enum Address {
     Tcp(net::SocketAddr),
     Unix(PathBuf),
@@ -60,46 +59,39 @@ impl Address {
         }
     }
 
+    /// As the readiness line has it.
+    pub fn name(&self) -> String {
+        match self {
+            Address::Tcp(address) => format!("http://{address}"),
+            Address::Unix(path) => format!("unix:{}", path.display()),
+        }
+    }
+
     /// Whether programs on other hosts can connect.
     pub fn is_exposed(&self) -> bool {
         matches!(self, Address::Tcp(address) if !address.ip().to_canonical().is_loopback())
     }
 }
 
-impl std::fmt::Display for Address {
-    fn fmt(&self, out: &mut std::fmt::Formatter) -> std::fmt::Result {
-        match self {
-            Address::Tcp(address) => write!(out, "http://{address}"),
-            Address::Unix(path) => write!(out, "unix:{}", path.display()),
-        }
-    }
-}
-
 impl Listener {
     pub fn bind(address: &Address) -> io::Result<Listener> {
-        let (socket, address, file) = match address {
+        let mut file = None;
+        let (socket, name) = match address {
             Address::Tcp(address) => {
                 let socket = net::TcpListener::bind(address)?;
-                let address = Address::Tcp(socket.local_addr()?);
-                (OwnedFd::from(socket), address, None)
+                let name = Address::Tcp(socket.local_addr()?).name();
+                (OwnedFd::from(socket), name)
             }
             Address::Unix(path) => {
                 clear_stale(path)?;
                 let socket = sys::with_private_umask(|| UnixListener::bind(path))?;
-                let file = fs::symlink_metadata(path)?;
-                (
-                    socket.into(),
-                    address.clone(),
-                    Some((path.clone(), file.dev(), file.ino())),
-                )
+                let made = fs::symlink_metadata(path)?;
+                file = Some((path.clone(), made.dev(), made.ino()));
+                (socket.into(), address.name())
             }
         };
         sys::set_backlog(&socket, BACKLOG);
-        Ok(Listener {
-            socket,
-            name: address.to_string(),
-            file,
-        })
+        Ok(Listener { socket, name, file })
     }
 
     /// The next connection, ready for use: written at once, a write given up after `tick`, a peer that acknowledges nothing for
@@ -107,20 +99,17 @@ impl Listener {
     pub fn accept(&self, tick: Duration, stall: Duration) -> io::Result<Connection> {
         let socket = net::TcpStream::from(sys::accept(&self.socket)?);
         socket.set_write_timeout(Some(tick))?;
-        if self.file.is_some() {
-            return Ok(Connection {
-                socket,
-                peer: "unix".to_string(),
-                local: None,
-            });
+        let (mut peer, mut local) = ("unix".to_string(), None);
+        if self.file.is_none() {
+            socket.set_nodelay(true)?;
+            sys::set_user_timeout(&socket, stall);
+            peer = socket.peer_addr()?.to_string();
+            local = Some(socket.local_addr()?.ip().to_canonical());
         }
-        socket.set_nodelay(true)?;
-        sys::set_user_timeout(&socket, stall);
-        let (peer, local) = (socket.peer_addr()?.to_string(), socket.local_addr()?);
         Ok(Connection {
             socket,
             peer,
-            local: Some(local.ip().to_canonical()),
+            local,
         })
     }
 }

@@ -9,13 +9,6 @@ use crate::clock::unix_millis;
 use std::io::Write as _;
 use std::{borrow::Cow, mem::take, os::unix::prelude::*, process::ExitStatus};
 
-/// Where a piece of output came from: an index, and its name in events.
-#[derive(Clone, Copy)]
-pub enum Source {
-    Stdout,
-    Stderr,
-}
-
 /// Events or plain text, in chunks or up to the end of the connection.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Format {
@@ -35,6 +28,7 @@ pub struct Stream {
     carried: [Vec<u8>; 2],
 }
 
+/// Where output comes from, in events and as the places of arrays.
 pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
 /// U+FFFD, which stands for bytes that are not UTF-8.
 const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
@@ -71,25 +65,21 @@ impl Stream {
         }
     }
 
-    /// A piece of output: an event, or none where the piece only begins a character.
-    pub fn piece(&mut self, source: Source, bytes: &[u8]) {
+    /// A piece of output from one of [`SOURCES`]: an event, or none where the piece only begins a character.
+    pub fn piece(&mut self, source: usize, bytes: &[u8]) {
         self.open_chunk();
         if !self.format.events {
             return self.batch.extend_from_slice(bytes);
         }
-        let (before, carried) = (self.batch.len(), take(&mut self.carried[source as usize]));
+        let (before, carried) = (self.batch.len(), take(&mut self.carried[source]));
         let bytes = if carried.is_empty() {
             Cow::from(bytes)
         } else {
             [&carried, bytes].concat().into()
         };
-        self.event(
-            SOURCES[source as usize],
-            SOURCES[source as usize],
-            "\"out\":\"",
-        );
+        self.event(SOURCES[source], SOURCES[source], "\"out\":\"");
         let start = self.batch.len();
-        self.carried[source as usize] = decode(&bytes, &mut self.batch);
+        self.carried[source] = decode(&bytes, &mut self.batch);
         if self.batch.len() > start {
             self.batch.extend_from_slice(b"\"}\n\n");
         } else {

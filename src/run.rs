@@ -29,7 +29,8 @@ const BATCH: usize = 64 << 10;
 
 /// The options that bound a command's life.
 pub struct Limits {
-    pub timeout: Option<Duration>,
+    /// Zero is none.
+    pub timeout: Duration,
     pub grace: Duration,
     pub heartbeat: Duration,
     pub stall: Duration,
@@ -145,9 +146,9 @@ impl Run<'_> {
     fn pass_on(&mut self, mut piece: Piece) {
         loop {
             let (source, bytes) = &piece;
-            self.bytes[*source as usize] += bytes.len() as u64;
+            self.bytes[*source] += bytes.len() as u64;
             if self.limits.verbose {
-                let name = SOURCES[*source as usize];
+                let name = SOURCES[*source];
                 self.log(name, format_args!("out={}", Quoted(bytes)));
             }
             self.stream.piece(*source, bytes);
@@ -165,10 +166,14 @@ impl Run<'_> {
 
     /// How long there is nothing to do unless output comes.
     fn patience(&self) -> Duration {
-        let timeout_at = self.limits.timeout.map(|timeout| self.started + timeout);
         let beat_at = self.written + self.limits.heartbeat;
         let look_at = beat_at.min(self.looked + TICK);
-        let times = [Some(look_at), timeout_at, self.kill_at, self.over_at()];
+        let times = [
+            Some(look_at),
+            self.timeout_at(),
+            self.kill_at,
+            self.over_at(),
+        ];
         let now = Instant::now();
         // What is past, is done already, and readers are to be stopped again and again.
         let due = times.into_iter().flatten().filter(|&at| at > now).min();
@@ -201,9 +206,7 @@ impl Run<'_> {
             self.end("shutdown", "the server is shutting down");
         } else if self.exited.is_none() && self.child.content_is_broken() {
             self.end("", "the request's content is malformed or breaks off");
-        } else if self.exited.is_none()
-            && due(self.limits.timeout.map(|timeout| self.started + timeout))
-        {
+        } else if self.exited.is_none() && due(self.timeout_at()) {
             self.end("timeout", "the command ran past --timeout");
         }
         if self.stop_at.is_none()
@@ -215,6 +218,11 @@ impl Run<'_> {
         if due(self.stop_at) {
             self.child.stop_readers();
         }
+    }
+
+    fn timeout_at(&self) -> Option<Instant> {
+        let timeout = self.limits.timeout;
+        (!timeout.is_zero()).then(|| self.started + timeout)
     }
 
     /// Until when a command that has exited by itself may have left something that still writes.

@@ -1,5 +1,8 @@
 use super::*;
 
+const STDOUT: usize = 0;
+const STDERR: usize = 1;
+
 /// The events of a stream, as (event, data) pairs, checked for their form and numbering.
 fn events(stream: &[u8]) -> Vec<(String, String)> {
     let text = std::str::from_utf8(stream).unwrap();
@@ -70,7 +73,7 @@ fn stream() -> Stream {
 fn decoded(pieces: &[&[u8]]) -> String {
     let mut stream = stream();
     for piece in pieces {
-        stream.piece(Source::Stdout, piece);
+        stream.piece(STDOUT, piece);
     }
     stream.exit("exited", ExitStatus::from_raw(0), 0, [0, 0]);
     let mut events = events(&stream.batch);
@@ -83,8 +86,8 @@ fn decoded(pieces: &[&[u8]]) -> String {
 fn the_contract_s_example() {
     let mut stream = stream();
     stream.start(4711);
-    stream.piece(Source::Stdout, b"total 12\n");
-    stream.piece(Source::Stderr, b"ls: x: No such file or directory\n");
+    stream.piece(STDOUT, b"total 12\n");
+    stream.piece(STDERR, b"ls: x: No such file or directory\n");
     stream.error("a \"word\"");
     stream.exit("exited", ExitStatus::from_raw(2 << 8), 6, [9, 33]);
     stream.exit("killed", ExitStatus::from_raw(9), 7, [0, 0]);
@@ -162,11 +165,11 @@ fn a_text_split_anywhere_decodes_the_same() {
 #[test]
 fn stdout_and_stderr_carry_apart() {
     let mut stream = stream();
-    stream.piece(Source::Stdout, b"\xe2\x82");
-    stream.piece(Source::Stderr, b"\xc3");
+    stream.piece(STDOUT, b"\xe2\x82");
+    stream.piece(STDERR, b"\xc3");
     assert!(stream.batch.is_empty());
-    stream.piece(Source::Stdout, b"\xac");
-    stream.piece(Source::Stderr, b"\xa9");
+    stream.piece(STDOUT, b"\xac");
+    stream.piece(STDERR, b"\xa9");
     let expected = [
         ("stdout", "{\"type\":\"stdout\",\"out\":\"\u{20ac}\"}"),
         ("stderr", "{\"type\":\"stderr\",\"out\":\"\u{e9}\"}"),
@@ -184,15 +187,15 @@ fn a_batch_is_a_chunk() {
         chunked: true,
     };
     let mut stream = Stream::new(format, b"head ".to_vec());
-    stream.piece(Source::Stdout, &[b'x'; 300]);
-    stream.piece(Source::Stderr, b"y");
+    stream.piece(STDOUT, &[b'x'; 300]);
+    stream.piece(STDERR, b"y");
     assert_eq!(
         stream.take(),
         [b"head 0012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat()
     );
     stream.comment();
     stream.error("not in plain text");
-    stream.piece(Source::Stdout, b"");
+    stream.piece(STDOUT, b"");
     assert_eq!(stream.take(), b"");
     stream.exit("exited", ExitStatus::from_raw(3 << 8), 0, [0, 0]);
     assert_eq!(stream.take(), b"0\r\nExit-Code: 3\r\n\r\n");
@@ -206,7 +209,7 @@ fn a_batch_is_a_chunk() {
         },
         Vec::new(),
     );
-    stream.piece(Source::Stdout, b"\xc3");
+    stream.piece(STDOUT, b"\xc3");
     assert_eq!(stream.take(), b"");
     stream.comment();
     assert_eq!(stream.take(), b"00002\r\n:\n\r\n");
