@@ -6,6 +6,7 @@ mod callers;
 mod clients;
 mod life;
 mod limits;
+mod network;
 mod requests;
 mod start;
 mod stream;
