@@ -43,6 +43,8 @@ impl Browser {
             "--disable-sync",
             "--disable-dev-shm-usage",
             "--window-size=1000,700",
+            // Another site's name that has come to mean this host, as DNS rebinding has it.
+            "--host-resolver-rules=MAP evil.test 127.0.0.1",
         ];
         let flags: Vec<_> = flags.iter().map(|flag| format!("\"{flag}\"")).collect();
         let options = format!(
@@ -182,16 +184,21 @@ fn json(text: &str) -> String {
 }
 
 /// The address of a page that is not the server's.
-fn plain_page() -> std::net::SocketAddr {
+fn other_site(page: &str) -> std::net::SocketAddr {
     use std::io::{Read, Write};
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
+    let response = format!(
+        "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{page}",
+        page.len()
+    );
     std::thread::spawn(move || {
         for mut stream in listener.incoming().flatten() {
             // A browser also opens connections on which it says nothing.
+            let response = response.clone();
             std::thread::spawn(move || {
                 let _ = stream.read(&mut [0; 4096]);
-                let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\nContent-Length: 5\r\n\r\nHello");
+                let _ = stream.write_all(response.as_bytes());
             });
         }
     });
@@ -398,7 +405,7 @@ fn browser_event_source_runs_a_command_once() {
     std::thread::sleep(std::time::Duration::from_secs(10));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "x\n");
     // A page of another origin: refused, unless it is allowed.
-    let page = plain_page();
+    let page = other_site("Hello");
     let origin = format!("http://{page}");
     browser.go(&format!("{origin}/"));
     let other = Server::start(&[]);
@@ -415,4 +422,88 @@ fn browser_event_source_runs_a_command_once() {
         "the friendly stream",
         "return window.seen.join().startsWith('start,stdout,exit')",
     );
+}
+
+/// All the ways in which a page can make a browser send something, at each of the names by which the server could be reached.
+const HOSTILE_PAGE: &str = r#"<!doctype html><title>hostile</title><body><script>
+const tries = [];
+function attack(url, query) {
+  const at = (how) => url + '/run?command=' + encodeURIComponent(query + how);
+  const add = (tag, attributes) => document.body.append(Object.assign(document.createElement(tag), attributes));
+  const frame = (name) => { add('iframe', { name }); return name; };
+  add('img', { src: at('img') });
+  add('script', { src: at('script') });
+  add('link', { rel: 'stylesheet', href: at('link') });
+  add('link', { rel: 'prefetch', href: at('prefetch') });
+  add('iframe', { src: at('frame') });
+  add('video', { src: at('video') });
+  add('object', { data: at('object') });
+  add('iframe', { sandbox: 'allow-scripts allow-forms', srcdoc: `<script>fetch(${JSON.stringify(at('sandbox'))}, { mode: 'no-cors' }); new Image().src = ${JSON.stringify(at('sandboximg'))}</` + `script>` });
+  for (const method of ['GET', 'POST'])
+    for (const enctype of ['application/x-www-form-urlencoded', 'text/plain', 'multipart/form-data']) {
+      const form = Object.assign(document.createElement('form'), { action: at('form' + method), method, enctype, target: frame('f' + Math.random()) });
+      form.append(Object.assign(document.createElement('input'), { name: 'command', value: query + 'field' }));
+      document.body.append(form);
+      form.submit();
+    }
+  for (const mode of ['cors', 'no-cors', 'same-origin', 'navigate'])
+    for (const method of ['GET', 'POST'])
+      for (const credentials of ['omit', 'include'])
+        try { tries.push(fetch(at('fetch' + mode), { mode, method, credentials, referrerPolicy: 'no-referrer' }).catch(() => 0)); } catch { }
+  tries.push(fetch(at('header'), { headers: { 'Content-Type': 'application/json', 'Sec-Fetch-Site': 'none' }, method: 'POST', body: '{}' }).catch(() => 0));
+  navigator.sendBeacon(at('beacon'), 'command=' + query + 'beacon');
+  new EventSource(at('eventsource'));
+  open(at('open'));
+}
+</script>"#;
+
+#[test]
+#[ignore = "needs chromium and chromedriver"]
+fn browser_hostile_pages_run_nothing() {
+    let folder = Folder::new();
+    let file = folder.write("token", "s3cret");
+    let (server, browser) = console(&[]);
+    let guarded = Server::start(&["--token-file", &file]);
+    let site = other_site(HOSTILE_PAGE);
+    let port = |address: &str| address.rsplit(':').next().unwrap().to_string();
+    let names = [
+        "127.0.0.1",
+        "localhost",
+        "a.localhost",
+        "0.0.0.0",
+        "[::ffff:127.0.0.1]",
+        "evil.test",
+    ];
+    for page in [
+        format!("http://evil.test:{}/", site.port()),
+        format!("http://localhost:{}/", site.port()),
+    ] {
+        browser.go(&page);
+        for target in [&server, &guarded] {
+            for name in names {
+                let url = format!("http://{name}:{}", port(&target.address));
+                let command = format!("touch {}/hit-", folder.0.display());
+                browser.script(&format!("attack('{url}', '{command}')"));
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_secs(4));
+    }
+    // Rebinding: a page that was loaded from the server itself by another name.
+    browser.go(&format!("http://evil.test:{}/", port(&server.address)));
+    browser.script(&format!("fetch('/run?command=' + encodeURIComponent('touch {}/hit-rebound'), {{ method: 'POST' }}).catch(() => 0)", folder.0.display()));
+    for status in ["status=403", "status=421"] {
+        server.logged(&["refuse", status]);
+    }
+    guarded.logged(&["refuse", "status=401"]);
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let hits: Vec<_> = std::fs::read_dir(&folder.0)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .filter(|name| name != "token")
+        .collect();
+    assert!(hits.is_empty(), "{hits:?}");
+    // The control: the server's own page may.
+    browser.go(&format!("http://{}/", server.address));
+    browser.script(&format!("fetch('/run', {{ method: 'POST', body: new URLSearchParams({{ command: 'touch {}/own' }}) }})", folder.0.display()));
+    wait_for("the own page's file", || folder.0.join("own").exists());
 }
