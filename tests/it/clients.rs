@@ -256,3 +256,61 @@ fn clients_behind_haproxy() {
         assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
     }
 }
+
+/// What a library's client says that it saw, one event name a line.
+const PYTHON: &str = r#"
+import sys, httpx, requests, sseclient
+from httpx_sse import connect_sse
+url = sys.argv[1] + "/run"
+with httpx.Client() as client:
+    with connect_sse(client, "GET", url, params={"command": "printf '\\303\\251\\n'"}) as source:
+        for event in source.iter_sse():
+            print(event.event, event.json().get("out"))
+response = requests.get(url, params={"command": "echo two"}, stream=True)
+for event in sseclient.SSEClient(response).events():
+    print(event.event)
+"#;
+
+const NODE: &str = r#"
+import { EventSource } from 'eventsource';
+import { createParser } from 'eventsource-parser';
+const url = process.argv[2] + '/run?command=echo+hi';
+const names = [];
+const parser = createParser({ onEvent: (event) => names.push(event.event) });
+for await (const part of (await fetch(url)).body.pipeThrough(new TextDecoderStream())) parser.feed(part);
+console.log(names.join());
+const source = new EventSource(url);
+for (const name of ['start', 'stdout', 'exit']) source.addEventListener(name, () => console.log(name));
+source.onerror = (error) => { if (source.readyState === 2) { console.log(error.code); process.exit(); } };
+"#;
+
+/// The folder where .ci/run has installed the libraries.
+fn libraries() -> String {
+    std::env::var("TEST_LIBRARIES")
+        .expect("TEST_LIBRARIES names a folder with a Python environment and node_modules")
+}
+
+#[test]
+#[ignore = "needs httpx-sse and sseclient-py"]
+fn clients_in_python() {
+    let (folder, server) = (Folder::new(), Server::start(&[]));
+    let script = folder.write("client.py", PYTHON);
+    let seen = text_of(
+        &format!("{}/bin/python", libraries()),
+        &[&script, &format!("http://{}", server.address)],
+    );
+    let expected = "start None\nstdout é\n\nexit exited\nstart\nstdout\nexit\n";
+    assert_eq!(seen, expected);
+}
+
+#[test]
+#[ignore = "needs eventsource and eventsource-parser"]
+fn clients_in_node() {
+    let server = Server::start(&[]);
+    let script = format!("{}/client.mjs", libraries());
+    std::fs::write(&script, NODE).unwrap();
+    // The reconnect is answered 204, and runs nothing.
+    let seen = text_of("node", &[&script, &format!("http://{}", server.address)]);
+    assert_eq!(seen, "start,stdout,exit\nstart\nstdout\nexit\n204\n");
+    assert_eq!(server.log().matches(" run ").count(), 2);
+}
