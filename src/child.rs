@@ -19,7 +19,7 @@ use std::{ffi::OsStr, fs::File, path::Path, sync::Arc};
 /// Of every thread. Buffers are on the heap; a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
 /// A silent stream must cost little, a loud one few calls: buffers grow as long as reads fill them.
-const FIRST_BUFFER: usize = 1 << 10;
+const FIRST_BUFFER: usize = 4 << 10;
 const LARGEST_BUFFER: usize = 32 << 10;
 /// Pieces that wait to be taken. More would be memory, not speed.
 const QUEUE: usize = 2;
@@ -200,9 +200,11 @@ fn why_not_started(error: &io::Error, program: &OsStr, format: Format) -> Answer
 
 fn read_pipe(source: usize, mut pipe: File, stop: &AtomicBool, pieces: &SyncSender<Piece>) {
     let (mut size, mut after_stop) = (FIRST_BUFFER, 0);
+    // Silence needs no buffer.
+    sys::ready(&pipe, sys::POLLIN, -1);
     while after_stop < MOST_IN_PIPE {
         let stopping = stop.load(SeqCst);
-        if stopping && sys::ready(&pipe, sys::POLLIN) & sys::POLLIN == 0 {
+        if stopping && sys::ready(&pipe, sys::POLLIN, 0) & sys::POLLIN == 0 {
             return;
         }
         let mut piece = vec![0; size];

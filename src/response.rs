@@ -30,8 +30,8 @@ const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     Cache-Control: no-store\r\n\
     Referrer-Policy: no-referrer\r\n\
     Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
-    script-src 'sha256-JU9tgD/HXRXcEZ9h9dcO7yC60T3UDlEZWPhC2wbOS3k='; \
-    style-src 'sha256-ipOlaHoilFAs5Uu1X+AZsmMuEVzQMlfSfnpAalJmZ14='; \
+    script-src 'sha256-wK/s8VJXRrbU3c53Tth8GUpUCn0USSPx0SvKR7q+mSM='; \
+    style-src 'sha256-jdJa92PiKOozopsOEzzGW4LO2eVt81vwSMgKenZXtHc='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 
 const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\

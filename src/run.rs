@@ -187,14 +187,13 @@ impl Run<'_> {
         let due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
         self.looked = now;
         if self.lost.is_none() {
-            let state = sys::ready(&self.connection.socket, sys::POLLRDHUP | sys::POLLIN);
+            let state = sys::ready(&self.connection.socket, sys::POLLRDHUP | sys::POLLIN, 0);
             let half_closed = state & sys::POLLRDHUP != 0;
             // A connection's end looks like a half-close, or hides behind content that nobody has read. A comment brings it out: it is
             // answered with a reset, which the next look sees.
-            let doubtful = state & (sys::POLLRDHUP | sys::POLLIN) != 0;
             if state & sys::POLLGONE != 0 || (half_closed && !self.stream.format.events) {
                 self.lose("gone");
-            } else if doubtful || now - self.written >= self.limits.heartbeat {
+            } else if state != 0 || now - self.written >= self.limits.heartbeat {
                 self.stream.comment();
                 self.written = now;
             }

@@ -148,11 +148,11 @@ pub fn interrupt<T>(thread: &thread::JoinHandle<T>) {
     unsafe { pthread_kill(thread.as_pthread_t() as c_ulong, SIGURG) };
 }
 
-/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd` now. An error counts as none of them.
-pub fn ready(fd: impl AsFd, events: c_short) -> c_short {
+/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd` now, or, where `wait` is -1, once one does. An error counts as none.
+pub fn ready(fd: impl AsFd, events: c_short, wait: c_int) -> c_short {
     let mut one = PollFd(fd.as_fd().as_raw_fd(), events, 0);
     // SAFETY: one valid entry, whose descriptor is borrowed for the call.
-    unsafe { poll(&mut one, 1, 0) };
+    unsafe { poll(&mut one, 1, wait) };
     one.2
 }
 
