@@ -105,6 +105,17 @@ fn streams_and_ends(server: &Server, address: &str, fields: &[&str]) {
     is_gone(children[0]);
 }
 
+/// Through `address`, where every other instance is full, each client is served all the same.
+fn fails_over(address: &str) {
+    for _ in 0..4 {
+        let events = text_of(
+            "curl",
+            &["-sN", &format!("http://{address}/run?command=echo+hi")],
+        );
+        assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
+    }
+}
+
 #[test]
 #[ignore = "needs curl"]
 fn clients_curl() {
@@ -223,13 +234,7 @@ fn clients_behind_nginx() {
     );
     let _proxy = nginx(&folder, port, &upstreams, location);
     streams_and_ends(&server, &address, &[]);
-    for _ in 0..4 {
-        let events = text_of(
-            "curl",
-            &["-sN", &format!("http://{address}/run?command=echo+hi")],
-        );
-        assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
-    }
+    fails_over(&address);
 }
 
 #[test]
@@ -248,13 +253,7 @@ fn clients_behind_haproxy() {
     let _proxy = haproxy(&folder, port, &backend);
     let address = format!("127.0.0.1:{port}");
     streams_and_ends(&server, &address, &[]);
-    for _ in 0..4 {
-        let events = text_of(
-            "curl",
-            &["-sN", &format!("http://{address}/run?command=echo+hi")],
-        );
-        assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
-    }
+    fails_over(&address);
 }
 
 /// What a library's client says that it saw, one event name a line.
