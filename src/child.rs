@@ -89,14 +89,7 @@ impl Child {
         if let Some((feeder, feed)) = feeder.as_ref().zip(feed.take()) {
             let _ = feeder.hand_over.send(feed);
         }
-        Ok(Child {
-            process,
-            status: None,
-            readers,
-            pieces,
-            stop,
-            feeder,
-        })
+        Ok(Child { process, status: None, readers, pieces, stop, feeder })
     }
 
     /// Also the id of the group.
@@ -172,12 +165,7 @@ impl Feeder {
             }
             Some((feed, None))
         })?;
-        let feeder = Feeder {
-            thread,
-            hand_over,
-            interrupted,
-            broken,
-        };
+        let feeder = Feeder { thread, hand_over, interrupted, broken };
         Ok((Some(feeder), end))
     }
 }

@@ -133,15 +133,7 @@ impl Head {
         };
         let [method, target, path, query] = [method, target, path, query].map(str::to_string);
         let authority = authority.map(str::to_string);
-        Ok(Head {
-            method,
-            target,
-            authority,
-            path,
-            query,
-            minor,
-            fields: Vec::new(),
-        })
+        Ok(Head { method, target, authority, path, query, minor, fields: Vec::new() })
     }
 }
 
@@ -161,13 +153,7 @@ fn split_absolute(target: &str) -> (Option<&str>, &str) {
 impl<R: BufRead> Request<R> {
     pub fn new(input: R) -> Request<R> {
         let (head, chunks) = (Head::default(), Chunks::None);
-        Request {
-            head,
-            input,
-            left: 0,
-            chunks,
-            awaits_continue: false,
-        }
+        Request { head, input, left: 0, chunks, awaits_continue: false }
     }
 
     /// Reads the next head. One empty line before it is skipped (RFC 9112 section 2.2).
@@ -207,11 +193,7 @@ impl<R: BufRead> Request<R> {
         let met = |each: &&str| each.eq_ignore_ascii_case("100-continue");
         self.awaits_continue = !old && !expected.is_empty();
         let good = old || expected.iter().all(met);
-        if good {
-            Ok(())
-        } else {
-            Err(Answer::Expectation)
-        }
+        if good { Ok(()) } else { Err(Answer::Expectation) }
     }
 
     pub fn is_at_end(&self) -> bool {

@@ -168,12 +168,7 @@ impl Run<'_> {
     fn patience(&self) -> Duration {
         let beat_at = self.written + self.limits.heartbeat;
         let look_at = beat_at.min(self.looked + TICK);
-        let times = [
-            Some(look_at),
-            self.timeout_at(),
-            self.kill_at,
-            self.over_at(),
-        ];
+        let times = [Some(look_at), self.timeout_at(), self.kill_at, self.over_at()];
         let now = Instant::now();
         // What is past, is done already, and readers are to be stopped again and again.
         let due = times.into_iter().flatten().filter(|&at| at > now).min();

@@ -165,11 +165,7 @@ impl Conversation {
             true => policy.command(&self.read_form(request)?)?,
             false => policy.command(query)?,
         };
-        if gets {
-            Ok(order)
-        } else {
-            Err(Answer::Head(format))
-        }
+        if gets { Ok(order) } else { Err(Answer::Head(format)) }
     }
 
     /// Content that is a form.
@@ -198,17 +194,9 @@ impl Conversation {
         if sys::signals() > 0 {
             return Err(Answer::Busy("the server is shutting down"));
         }
-        let Request {
-            head,
-            awaits_continue,
-            ..
-        } = request.as_ref().ok_or(Answer::Gone)?;
+        let Request { head, awaits_continue, .. } = request.as_ref().ok_or(Answer::Gone)?;
         let format = format_for(head);
-        let mut start = if *awaits_continue {
-            CONTINUE.to_vec()
-        } else {
-            Vec::new()
-        };
+        let mut start = if *awaits_continue { CONTINUE.to_vec() } else { Vec::new() };
         start.extend(self.manner(head, head.wants_close()).stream(format));
         let mut feed = request.take_if(|it| it.head.method == "POST" && !it.is_at_end());
         let child = Child::start(&order.words, &server.null, &mut feed, format);
@@ -236,11 +224,7 @@ impl Conversation {
 
     fn manner<'a>(&self, head: &'a Head, close: bool) -> Manner<'a> {
         let foreign_origin = self.0.config.policy.foreign_origin(head);
-        Manner {
-            close,
-            head_only: head.method == "HEAD",
-            foreign_origin,
-        }
+        Manner { close, head_only: head.method == "HEAD", foreign_origin }
     }
 
     /// Writes an answer whole, unless the client is gone or does not read, as the next read will tell.
@@ -270,10 +254,7 @@ impl Conversation {
 /// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
 fn format_for(head: &Head) -> Format {
     let plain = head.lists("accept", "text/plain") && !head.lists("accept", "text/event-stream");
-    Format {
-        events: !plain,
-        chunked: head.minor > 0,
-    }
+    Format { events: !plain, chunked: head.minor > 0 }
 }
 
 /// Reads what is left of a request's content, if that is not too much: the next request comes after it.

@@ -76,9 +76,7 @@ unsafe extern "C" {
 static TAKE_FAULT_SIGNALS: extern "C" fn() = {
     extern "C" fn take() {
         // SAFETY: numbers alone; there is one thread.
-        FAULTS
-            .iter()
-            .for_each(|&number| _ = unsafe { signal(number, SIG_IGN) });
+        FAULTS.iter().for_each(|&number| _ = unsafe { signal(number, SIG_IGN) });
     }
     take
 };
@@ -202,10 +200,7 @@ pub fn set_backlog(listening: &OwnedFd, backlog: c_int) {
 pub fn set_user_timeout(stream: &net::TcpStream, limit: time::Duration) {
     const IPPROTO_TCP: c_int = 6;
     const TCP_USER_TIMEOUT: c_int = 18;
-    let (fd, millis) = (
-        stream.as_raw_fd(),
-        limit.as_millis().min(c_uint::MAX.into()) as c_uint,
-    );
+    let (fd, millis) = (stream.as_raw_fd(), limit.as_millis().min(c_uint::MAX.into()) as c_uint);
     let value = (&raw const millis).cast();
     // SAFETY: the option's value is an unsigned int, 4 bytes, read during the call.
     unsafe { setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, 4) };
