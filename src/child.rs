@@ -159,6 +159,8 @@ impl Feeder {
         let breaks = broken.clone();
         let thread = thread_builder().spawn(move || {
             let (mut feed, mut pipe) = (handed.recv().ok()?, Some(File::from(pipe)));
+            // Whoever types into a command may pause for as long as the command waits.
+            feed.input.get_mut().deadline = None;
             if write_content(&mut feed, &mut pipe).is_err() {
                 breaks.store(true, SeqCst);
                 return Some((feed, pipe));

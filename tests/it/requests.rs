@@ -420,6 +420,23 @@ fn content_is_streamed_to_the_command_as_it_comes() {
     assert_eq!(output(&client.response().events(), "stdout"), "next\n");
 }
 
+/// A head has ten seconds to arrive; what a command is fed has all the time in the world.
+#[test]
+fn content_may_pause_for_longer_than_a_head_may_take() {
+    let server = Server::start(&[]);
+    let mut client = server.connect();
+    client.write(format!(
+        "POST /run?command=cat HTTP/1.1\r\nHost: {}\r\nContent-Length: 6\r\n\r\none",
+        server.address
+    ));
+    client.started();
+    client.read_until("one");
+    std::thread::sleep(Duration::from_millis(11_500));
+    client.write("two");
+    let events = client.rest();
+    assert_eq!((output(&events, "stdout"), outcome(&events)), ("two".into(), "exited:0".into()));
+}
+
 #[test]
 fn a_command_that_reads_slowly_slows_its_client() {
     let server = Server::start(&[]);
