@@ -13,17 +13,14 @@ use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
 use std::time::{Duration, Instant};
 use std::{os::unix::prelude::*, thread};
 
-/// How often a silent stream looks around, and the longest that a write blocks in one call. A client that is gone may take two
-/// looks to tell from one that has only finished sending; its command is to be told within half a second.
-pub const TICK: Duration = Duration::from_millis(150);
+/// How often a stream looks around, and the longest that a write blocks in one call. A client that is gone may take two looks to
+/// tell from one that has only finished sending; its command is to be told within half a second. All times are kept to within a tick.
+pub const TICK: Duration = Duration::from_millis(100);
 
 /// What a command left running may pause for before the stream ends.
 const QUIET: Duration = Duration::from_millis(250);
-/// After SIGKILL the pipes end at once, unless somebody outside the group holds them.
-const AFTER_KILL: Duration = Duration::from_millis(100);
 /// How long content that goes on coming after the command's end is waited for.
 const CONTENT_REST: Duration = Duration::from_secs(1);
-const MOMENT: Duration = Duration::from_millis(1);
 /// What is ready is sent in one write, once it is about this long; a last piece may add six times its length.
 const BATCH: usize = 64 << 10;
 
@@ -58,8 +55,7 @@ pub fn run(
         lost: None,
         ending: None,
         exited: None,
-        kill_at: None,
-        stop_at: None,
+        killed: false,
     };
     run.stream.start(run.child.pid());
     run.send();
@@ -83,14 +79,12 @@ struct Run<'a> {
     heard: Instant,
     /// How the client was lost: `gone` or `stalled`.
     lost: Option<&'static str>,
-    /// Why the server ends the command, if the word of `exit` tells; empty where it does not.
-    ending: Option<&'static str>,
+    /// Why and since when the server ends the command. `exit` tells the word; where it is empty, how the leader ended.
+    ending: Option<(&'static str, Instant)>,
     /// When the leader was seen to have exited.
     exited: Option<Instant>,
-    /// When the group gets SIGKILL.
-    kill_at: Option<Instant>,
-    /// When the readers are made to end, after SIGKILL.
-    stop_at: Option<Instant>,
+    /// SIGKILL was sent: at the next look, who still holds the pipes is outside the group, and the readers are made to end.
+    killed: bool,
 }
 
 impl Run<'_> {
@@ -98,31 +92,27 @@ impl Run<'_> {
     fn turn_until_over(&mut self) {
         let mut nap = Duration::from_micros(20);
         loop {
-            let patience = self.patience();
-            match self.child.pieces.recv_timeout(patience) {
+            match self.child.pieces.recv_timeout(TICK) {
                 Ok(piece) => self.pass_on(piece),
-                Err(Timeout) => self.look(),
+                Err(Timeout) => {}
                 Err(Disconnected) if self.child.exited() => return,
                 // A leader exits right after its pipes have ended, or, having closed them, at any time.
                 Err(Disconnected) => {
-                    thread::sleep(nap.min(patience));
-                    if nap >= patience {
-                        self.look();
-                    }
+                    thread::sleep(nap);
                     nap = (nap * 2).min(TICK);
                 }
             }
-            self.send();
             if self.looked.elapsed() >= TICK {
                 self.look();
             }
+            self.send();
         }
     }
 
     /// The outcome, last of all.
     fn finish(mut self) -> (bool, Option<Feed>) {
         let status = self.child.reap();
-        let how = match (self.ending.unwrap_or(""), status.code()) {
+        let how = match (self.ending.map_or("", |ending| ending.0), status.code()) {
             ("", Some(_)) => "exited",
             ("", None) => "killed",
             (ending, _) => ending,
@@ -164,22 +154,10 @@ impl Run<'_> {
         self.heard = Instant::now();
     }
 
-    /// How long there is nothing to do unless output comes.
-    fn patience(&self) -> Duration {
-        let beat_at = self.written + self.limits.heartbeat;
-        let look_at = beat_at.min(self.looked + TICK);
-        let times = [Some(look_at), self.timeout_at(), self.kill_at, self.over_at()];
-        let now = Instant::now();
-        // What is past, is done already, and readers are to be stopped again and again.
-        let due = times.into_iter().flatten().filter(|&at| at > now).min();
-        let due = due.filter(|_| self.stop_at.is_none());
-        due.map_or(MOMENT, |at| MOMENT.max(at - now))
-    }
-
     /// Looks at all that can end a command but its output.
     fn look(&mut self) {
         let now = Instant::now();
-        let due = |at: Option<Instant>| at.is_some_and(|at| now >= at);
+        let limits = self.limits;
         self.looked = now;
         if self.lost.is_none() {
             let state = sys::ready(&self.connection.socket, sys::POLLRDHUP | sys::POLLIN, 0);
@@ -188,7 +166,7 @@ impl Run<'_> {
             // answered with a reset, which the next look sees.
             if state & sys::POLLGONE != 0 || (half_closed && !self.stream.format.events) {
                 self.lose("gone");
-            } else if state != 0 || now - self.written >= self.limits.heartbeat {
+            } else if state != 0 || now - self.written >= limits.heartbeat {
                 self.stream.comment();
                 self.written = now;
             }
@@ -196,43 +174,40 @@ impl Run<'_> {
         if self.exited.is_none() && self.child.exited() {
             self.exited = Some(now);
         }
+        let is_running = self.exited.is_none();
         if sys::signals() > 0 {
             self.end("shutdown", "the server is shutting down");
-        } else if self.exited.is_none() && self.child.content_is_broken() {
+        } else if is_running && self.child.content_is_broken() {
             self.end("", "the request's content is malformed or breaks off");
-        } else if self.exited.is_none() && due(self.timeout_at()) {
+        } else if is_running && !limits.timeout.is_zero() && now - self.started >= limits.timeout {
             self.end("timeout", "the command ran past --timeout");
         }
-        if self.stop_at.is_none()
-            && (sys::signals() > 1 || due(self.kill_at) || due(self.over_at()))
-        {
-            self.child.signal(sys::SIGKILL);
-            self.stop_at = Some(now + AFTER_KILL);
-        }
-        if due(self.stop_at) {
+        if self.killed {
             self.child.stop_readers();
+        } else if sys::signals() > 1 || self.is_over(now) {
+            self.child.signal(sys::SIGKILL);
+            self.killed = true;
         }
     }
 
-    fn timeout_at(&self) -> Option<Instant> {
-        let timeout = self.limits.timeout;
-        (!timeout.is_zero()).then(|| self.started + timeout)
-    }
-
-    /// Until when a command that has exited by itself may have left something that still writes.
-    fn over_at(&self) -> Option<Instant> {
-        let exited = self.exited.filter(|_| self.ending.is_none())?;
-        Some((exited.max(self.heard) + QUIET).min(exited + self.limits.grace))
+    /// Whether what is left of the group has had its time: since it was asked to end, or since the leader has exited by itself.
+    fn is_over(&self, now: Instant) -> bool {
+        let is_quiet = |exited: Instant| now - exited.max(self.heard) >= QUIET;
+        let is_late = |since: Instant| now - since >= self.limits.grace;
+        match (self.ending, self.exited) {
+            (Some((_, asked)), _) => is_late(asked),
+            (None, Some(exited)) => is_quiet(exited) || is_late(exited),
+            (None, None) => false,
+        }
     }
 
     /// Asks the group to end, and tells the client why. The first reason counts.
     fn end(&mut self, ending: &'static str, why: &str) {
         if self.ending.is_none() {
-            self.ending = Some(ending);
+            self.ending = Some((ending, Instant::now()));
             self.child.signal(sys::SIGTERM);
             // One that is stopped would not notice.
             self.child.signal(sys::SIGCONT);
-            self.kill_at = Some(Instant::now() + self.limits.grace);
             self.stream.error(why);
         }
     }
@@ -262,7 +237,7 @@ impl Run<'_> {
             }
             // It is the client that pauses, not the output.
             self.heard = Instant::now();
-            let ends = sys::signals() > 1 || (sys::signals() > 0 && self.stop_at.is_some());
+            let ends = sys::signals() > 1 || (sys::signals() > 0 && self.killed);
             if self.lost.is_none() && (ends || progress.elapsed() >= self.limits.stall) {
                 self.lose("stalled");
             }
