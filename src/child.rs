@@ -5,7 +5,7 @@
 //! the group keeps a pipe open; a `poll` before each read would cost a call per piece of output.
 
 use crate::output::{Format, SOURCES};
-use crate::request::{Answer, Request, Result};
+use crate::request::{Answer, Content, Result};
 use crate::{listener::Input, sys};
 use std::io::{self, ErrorKind, prelude::*};
 use std::os::unix::{prelude::*, process::CommandExt};
@@ -13,7 +13,7 @@ use std::process::{self, Command, ExitStatus};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{ffi::OsStr, fs::File, path::Path, sync::Arc};
 
 /// Of every thread. Buffers are on the heap; a 32-bit host has no 2 MiB for each of hundreds.
@@ -26,8 +26,8 @@ const QUEUE: usize = 2;
 /// The most that a pipe holds unless root says otherwise (pipe(7)). What an escaped process goes on writing is not waited for.
 const MOST_IN_PIPE: usize = 1 << 20;
 
-/// A request, the rest of whose content may be a command's standard input.
-pub type Feed = Request<io::BufReader<Input>>;
+/// A connection's input, with the content of a request that may be a command's standard input.
+pub type Feed = Content<io::BufReader<Input>>;
 
 /// A piece of output, as it was read from one of [`SOURCES`].
 pub type Piece = (usize, Vec<u8>);
@@ -41,28 +41,19 @@ pub struct Child {
     pub pieces: Receiver<Piece>,
     /// Tells the readers to take what is there and end.
     stop: Arc<AtomicBool>,
-    feeder: Option<Feeder>,
 }
 
-struct Feeder {
-    /// Gives the rest of the request back, and a pipe whose content broke off: a command is not to take the part for the whole.
-    thread: JoinHandle<Option<(Feed, Option<File>)>>,
-    hand_over: SyncSender<Feed>,
-    interrupted: Arc<AtomicBool>,
-    /// The content turned out malformed, or broke off.
-    broken: Arc<AtomicBool>,
+/// Content on its way to a command's standard input.
+pub struct Feeder {
+    thread: JoinHandle<(Option<Feed>, Option<File>)>,
+    /// Set by whoever wants the content back, or by the thread, when the content turned out malformed or broke off.
+    stop: Arc<AtomicBool>,
 }
 
 impl Child {
-    /// Starts a command in a process group of its own, with `feed`, which it then takes, or `null` as standard input. Whatever a run
-    /// needs is had before its command is started, so that one that cannot be served does nothing.
-    pub fn start(
-        words: &[Vec<u8>],
-        null: &File,
-        feed: &mut Option<Feed>,
-        format: Format,
-    ) -> Result<Child> {
-        let exhausted = |_| Answer::Busy("out of threads or descriptors");
+    /// Starts a command in a process group of its own. Whatever a run needs is had before its command is started, so that one that
+    /// cannot be served does nothing.
+    pub fn start(words: &[Vec<u8>], stdin: OwnedFd, format: Format) -> Result<Child> {
         let (sender, pieces) = sync_channel(QUEUE);
         let stop = Arc::default();
         let (mut readers, mut ends) = (Vec::new(), Vec::new());
@@ -74,10 +65,6 @@ impl Child {
             ends.push(end);
         }
         drop(sender);
-        let (feeder, stdin) = match feed {
-            None => (None, null.try_clone().map_err(exhausted)?.into()),
-            Some(feed) => Feeder::start(feed).map_err(exhausted)?,
-        };
         let program = OsStr::from_bytes(&words[0]);
         let mut command = Command::new(program);
         command.args(words[1..].iter().map(|word| OsStr::from_bytes(word)));
@@ -86,10 +73,7 @@ impl Child {
         ends.pop().map(|stdout| command.stdout(stdout));
         let spawned = command.spawn();
         let process = spawned.map_err(|error| why_not_started(&error, program, format))?;
-        if let Some((feeder, feed)) = feeder.as_ref().zip(feed.take()) {
-            let _ = feeder.hand_over.send(feed);
-        }
-        Ok(Child { process, status: None, readers, pieces, stop, feeder })
+        Ok(Child { process, status: None, readers, pieces, stop })
     }
 
     /// Also the id of the group.
@@ -121,26 +105,6 @@ impl Child {
         self.stop.store(true, SeqCst);
         self.readers.iter().for_each(sys::interrupt);
     }
-
-    /// Whether the content that it is fed turned out malformed, or broke off.
-    pub fn content_is_broken(&self) -> bool {
-        let feeder = self.feeder.as_ref();
-        feeder.is_some_and(|feeder| feeder.broken.load(SeqCst))
-    }
-
-    /// Gets the connection's input back, after waiting up to `wait` for the content's end.
-    pub fn end_feed(&mut self, wait: Duration) -> Option<Feed> {
-        let feeder = self.feeder.take()?;
-        let deadline = Instant::now() + wait;
-        while !feeder.thread.is_finished() {
-            if Instant::now() >= deadline {
-                feeder.interrupted.store(true, SeqCst);
-                sys::interrupt(&feeder.thread);
-            }
-            thread::sleep(Duration::from_micros(200));
-        }
-        Some(feeder.thread.join().ok()??.0)
-    }
 }
 
 impl Drop for Child {
@@ -150,26 +114,36 @@ impl Drop for Child {
 }
 
 impl Feeder {
-    /// A thread that waits for `feed`, and the pipe's other end.
-    fn start(feed: &Feed) -> io::Result<(Option<Feeder>, OwnedFd)> {
-        let (end, pipe) = sys::pipe()?;
-        let (hand_over, handed) = sync_channel::<Feed>(1);
-        let interrupted = feed.input.get_ref().interrupted.clone();
-        let broken = Arc::new(AtomicBool::new(false));
-        let breaks = broken.clone();
-        let thread = thread_builder().spawn(move || {
-            let (mut feed, mut pipe) = (handed.recv().ok()?, Some(File::from(pipe)));
-            // Whoever types into a command may pause for as long as the command waits.
-            feed.input.get_mut().deadline = None;
-            if write_content(&mut feed, &mut pipe).is_err() {
-                breaks.store(true, SeqCst);
-                return Some((feed, pipe));
-            }
-            Some((feed, None))
-        })?;
-        let feeder = Feeder { thread, hand_over, interrupted, broken };
-        Ok((Some(feeder), end))
+    /// Begins to read `content`; gives the end of a pipe from which it is to be had.
+    pub fn start(mut content: Feed) -> Result<(Feeder, OwnedFd)> {
+        let (end, pipe) = sys::pipe().map_err(exhausted)?;
+        // Whoever types into a command may pause for as long as the command waits.
+        content.input.get_mut().deadline = None;
+        let stop = content.input.get_ref().interrupted.clone();
+        let feed = move || write_content(content, pipe.into());
+        let thread = thread_builder().spawn(feed).map_err(exhausted)?;
+        Ok((Feeder { thread, stop }, end))
     }
+
+    /// Whether the content turned out malformed, or broke off.
+    pub fn is_broken(&self) -> bool {
+        self.stop.load(SeqCst)
+    }
+
+    /// Gets the rest of the content back; none where it is broken.
+    pub fn end(self) -> Option<Feed> {
+        self.stop.store(true, SeqCst);
+        while !self.thread.is_finished() {
+            sys::interrupt(&self.thread);
+            thread::sleep(Duration::from_micros(200));
+        }
+        self.stop.store(false, SeqCst);
+        self.thread.join().ok()?.0
+    }
+}
+
+pub fn exhausted(_: io::Error) -> Answer {
+    Answer::Busy("out of threads or descriptors")
 }
 
 pub fn thread_builder() -> thread::Builder {
@@ -214,23 +188,28 @@ fn read_pipe(source: usize, mut pipe: File, stop: &AtomicBool, pieces: &SyncSend
 }
 
 /// Writes content to a command as it comes. What a command that has closed its input does not want is read all the same, up to its end,
-/// since the next request comes after it.
-fn write_content(feed: &mut Feed, pipe: &mut Option<File>) -> Result<()> {
-    loop {
-        let piece = feed.piece()?;
-        if piece.is_empty() {
-            return Ok(());
-        }
+/// since the next request comes after it. Returns the content, unless it is broken, and the pipe, unless the content has ended: a
+/// command is not to take the part for the whole.
+fn write_content(mut content: Feed, pipe: File) -> (Option<Feed>, Option<File>) {
+    let stop = content.input.get_ref().interrupted.clone();
+    let mut pipe = Some(pipe);
+    while !stop.load(SeqCst) {
+        let piece = match content.piece() {
+            Ok([]) => return (Some(content), None),
+            Ok(piece) => piece,
+            Err(answer) => {
+                let asked = stop.swap(true, SeqCst) && answer == Answer::Gone;
+                return (asked.then_some(content), pipe);
+            }
+        };
         let mut taken = piece.len();
         match pipe.as_mut().map(|pipe| pipe.write(piece)) {
             None => {}
             Some(Ok(length)) => taken = length,
             Some(Err(error)) if error.kind() == ErrorKind::Interrupted => taken = 0,
-            Some(Err(_)) => *pipe = None,
+            Some(Err(_)) => pipe = None,
         }
-        feed.take(taken);
-        if feed.input.get_ref().interrupted.load(SeqCst) {
-            return Err(Answer::Gone);
-        }
+        content.take(taken);
     }
+    (Some(content), pipe)
 }

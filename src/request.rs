@@ -1,7 +1,7 @@
 //! HTTP/1.x requests, by the strict grammar of RFC 9112: what it does not allow is refused, never mended, since two programs that mend
 //! a message in different ways are how requests are smuggled.
 //!
-//! A `Request` is filled in as it is read, so that the log can name the target of one that breaks off.
+//! A `Head` is filled in as it is read, so that the log can name the target of one that breaks off.
 
 use crate::output::Format;
 use Answer::{Bad, Malformed};
@@ -31,9 +31,8 @@ pub struct Head {
     fields: Vec<(String, String)>,
 }
 
-/// A head, and the input at the place in the content where it stands (RFC 9112 sections 6 and 7). The next request follows in it.
-pub struct Request<R> {
-    pub head: Head,
+/// The input at the place in a request's content where it stands (RFC 9112 sections 6 and 7). The next request follows in it.
+pub struct Content<R> {
     pub input: R,
     /// Bytes left of the content, or of the current chunk, as far as the client said so.
     pub left: u64,
@@ -150,28 +149,31 @@ fn split_absolute(target: &str) -> (Option<&str>, &str) {
     }
 }
 
-impl<R: BufRead> Request<R> {
-    pub fn new(input: R) -> Request<R> {
-        let (head, chunks) = (Head::default(), Chunks::None);
-        Request { head, input, left: 0, chunks, awaits_continue: false }
+impl<R: BufRead> Content<R> {
+    pub fn new(input: R) -> Content<R> {
+        Content { input, left: 0, chunks: Chunks::None, awaits_continue: false }
     }
 
-    /// Reads the next head. One empty line before it is skipped (RFC 9112 section 2.2).
-    pub fn read_head(&mut self) -> Result<()> {
-        self.head = Head::default();
-        let mut line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
-        if line.is_empty() {
-            line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
+    /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
+    /// section 2.2); the connection's end there is `Gone`.
+    pub fn read_head(&mut self, head: &mut Head) -> Result<()> {
+        let end = |answer| if answer == BREAKS_OFF { Answer::Gone } else { answer };
+        let mut line = String::new();
+        for _ in 0..2 {
+            if line.is_empty() {
+                fill(&mut self.input).map_err(end)?;
+                line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
+            }
         }
-        self.head = Head::parse_line(&line)?;
-        self.head.fields = self.fields(LONGEST_HEAD - line.len() - 2)?;
-        self.set_framing()
+        *head = Head::parse_line(&line)?;
+        head.fields = self.fields(LONGEST_HEAD - line.len() - 2)?;
+        self.set_framing(head)
     }
 
     /// How the content is delimited, if there is any (RFC 9112 section 6.3), and what the client expects of the server before it sends
     /// it (RFC 9110 section 10.1.1).
-    fn set_framing(&mut self) -> Result<()> {
-        let (head, old) = (&self.head, self.head.minor == 0);
+    fn set_framing(&mut self, head: &Head) -> Result<()> {
+        let old = head.minor == 0;
         let lengths = head.all("content-length");
         let codings = head.all("transfer-encoding").join(",").to_ascii_lowercase();
         let codings: Vec<&str> = codings.split(',').map(str::trim).collect();
@@ -207,7 +209,7 @@ impl<R: BufRead> Request<R> {
         self.chunks == Chunks::First && line.is_some_and(|line| chunk_size(&line).is_none())
     }
 
-    /// The next piece of content, to be taken by [`Request::take`]; empty at its end.
+    /// The next piece of content, to be taken by [`Content::take`]; empty at its end.
     pub fn piece(&mut self) -> Result<&[u8]> {
         if self.left == 0 && self.chunks != Chunks::None {
             self.next_chunk()?;
@@ -219,7 +221,7 @@ impl<R: BufRead> Request<R> {
         }
     }
 
-    /// Takes `length` bytes of the piece that [`Request::piece`] showed.
+    /// Takes `length` bytes of the piece that [`Content::piece`] showed.
     pub fn take(&mut self, length: usize) {
         self.input.consume(length);
         self.left -= length as u64;
@@ -259,16 +261,11 @@ impl<R: BufRead> Request<R> {
         }
     }
 
-    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that. Nothing at all before a head is `Gone`.
+    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that.
     fn line(&mut self, limit: usize, too_long: Answer) -> Result<String> {
         let mut line = Vec::new();
         loop {
-            let available = match fill(&mut self.input) {
-                Err(BREAKS_OFF) if line.is_empty() && self.head.target.is_empty() => {
-                    return Err(Answer::Gone);
-                }
-                available => available?,
-            };
+            let available = fill(&mut self.input)?;
             let end = available.iter().position(|&byte| byte == b'\n');
             // The CRLF may follow a line of full length.
             let taken = end.map_or(available.len(), |end| end + 1);

@@ -5,8 +5,9 @@
 //! a command: the client, the leader's exit, time, and the server's own end. The way not taken, a thread for each of these, costs more
 //! per run than the spawn and needs locks where this needs none.
 
-use crate::child::{Child, Feed, Piece};
+use crate::child::{Child, Feeder, Piece};
 use crate::log::{self, Quoted};
+use crate::request::{Answer, Result};
 use crate::{listener::Connection, output::SOURCES, output::Stream, sys};
 use std::io::{Error, ErrorKind, Write};
 use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
@@ -19,8 +20,6 @@ pub const TICK: Duration = Duration::from_millis(100);
 
 /// What a command left running may pause for before the stream ends.
 const QUIET: Duration = Duration::from_millis(250);
-/// How long content that goes on coming after the command's end is waited for.
-const CONTENT_REST: Duration = Duration::from_secs(1);
 /// What is ready is sent in one write, once it is about this long; a last piece may add six times its length.
 const BATCH: usize = 64 << 10;
 
@@ -34,16 +33,19 @@ pub struct Limits {
     pub verbose: bool,
 }
 
-/// Streams a command that was started, and sees to its end. Returns whether all was written, `exit` included, and the content.
+/// Streams a command that was started from `line`, and sees to its end. `Gone` where not all was written, `exit` included.
 pub fn run(
+    line: &[u8],
     child: Child,
+    feeder: Option<&Feeder>,
     connection: &Connection,
     limits: &Limits,
     stream: Stream,
-) -> (bool, Option<Feed>) {
+) -> Result<()> {
     let now = Instant::now();
     let mut run = Run {
         child,
+        feeder,
         connection,
         limits,
         stream,
@@ -57,6 +59,7 @@ pub fn run(
         exited: None,
         killed: false,
     };
+    run.log("run", format_args!("command={}", Quoted(line)));
     run.stream.start(run.child.pid());
     run.send();
     run.turn_until_over();
@@ -65,6 +68,7 @@ pub fn run(
 
 struct Run<'a> {
     child: Child,
+    feeder: Option<&'a Feeder>,
     connection: &'a Connection,
     limits: &'a Limits,
     stream: Stream,
@@ -110,7 +114,7 @@ impl Run<'_> {
     }
 
     /// The outcome, last of all.
-    fn finish(mut self) -> (bool, Option<Feed>) {
+    fn finish(mut self) -> Result<()> {
         let status = self.child.reap();
         let how = match (self.ending.map_or("", |ending| ending.0), status.code()) {
             ("", Some(_)) => "exited",
@@ -127,9 +131,7 @@ impl Run<'_> {
         let (how, [stdout, stderr]) = (self.lost.unwrap_or(how), self.bytes);
         let bytes = format!("stdout_bytes={stdout} stderr_bytes={stderr}");
         self.log("exit", format_args!("out={how} {number} ms={ms} {bytes}"));
-        let complete = self.lost.is_none();
-        let wait = CONTENT_REST * complete.into();
-        (complete, self.child.end_feed(wait))
+        self.lost.map_or(Ok(()), |_| Err(Answer::Gone))
     }
 
     /// Encodes a piece, and those that are ready behind it, up to a batch: the loop has more to do than an endless output.
@@ -177,7 +179,7 @@ impl Run<'_> {
         let is_running = self.exited.is_none();
         if sys::signals() > 0 {
             self.end("shutdown", "the server is shutting down");
-        } else if is_running && self.child.content_is_broken() {
+        } else if is_running && self.feeder.is_some_and(Feeder::is_broken) {
             self.end("", "the request's content is malformed or breaks off");
         } else if is_running && !limits.timeout.is_zero() && now - self.started >= limits.timeout {
             self.end("timeout", "the command ran past --timeout");

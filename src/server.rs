@@ -1,10 +1,10 @@
 //! The accept loop, the connection cap, the shutdown, and the path of one connection.
 
-use crate::child::{Child, Feed, thread_builder};
+use crate::child::{Child, Feed, Feeder, exhausted, thread_builder};
 use crate::listener::{Connection, Input, Listener};
 use crate::log::{self, Quoted};
 use crate::output::{Format, Stream};
-use crate::request::{Answer, Head, Request, Result, form_value};
+use crate::request::{Answer, Content, Head, Result, form_value};
 use crate::response::{self, CONTINUE, Manner, PAGE_METHODS, RUN_METHODS};
 use crate::run::{self, TICK};
 use crate::{config::Config, policy::Order, sys};
@@ -99,32 +99,34 @@ impl Conversation {
 
     /// The requests of the connection, one after the other.
     fn converse(&self) {
-        let mut request = Request::new(Input::new(self.1.clone()));
-        request.input.get_mut().allow(REQUEST_TIME);
-        while let Some(mut next) = self.exchange(request) {
+        let mut content = Content::new(Input::new(self.1.clone()));
+        content.input.get_mut().allow(REQUEST_TIME);
+        while let Some(mut next) = self.exchange(content) {
             next.input.get_mut().allow(IDLE_TIME);
             if next.input.fill_buf().map_or(true, <[u8]>::is_empty) {
                 return;
             }
             next.input.get_mut().allow(REQUEST_TIME);
-            request = next;
+            content = next;
         }
     }
 
     /// A request and its answer. Gives the input back where another request may follow.
-    fn exchange(&self, request: Feed) -> Option<Feed> {
-        let mut request = Some(request);
-        let order = self.check(request.as_mut()?);
-        let mut close = request.as_ref()?.head.wants_close();
-        if let Err(answer) = order.and_then(|order| self.run(&order, &mut request)) {
-            let request = request.as_ref().filter(|_| answer != Answer::Gone)?;
+    fn exchange(&self, mut content: Feed) -> Option<Feed> {
+        let mut head = Head::default();
+        let order = self.check(&mut head, &mut content);
+        let mut close = head.wants_close();
+        let mut content = Some(content);
+        if let Err(answer) = order.and_then(|order| self.run(&order, &head, &mut content)) {
+            if answer == Answer::Gone {
+                return None;
+            }
+            let is_long = |rest: &Feed| rest.awaits_continue || rest.left > MOST_SKIPPED;
             // Whether a client that was not told to go on sends its content all the same cannot be known.
-            close |= request.awaits_continue || request.left > MOST_SKIPPED;
-            close |= response::ends_connection(&answer);
-            self.reply(&request.head, &answer, close);
+            close |= response::ends_connection(&answer) || content.as_ref().is_none_or(is_long);
+            self.reply(&head, &answer, close);
         }
-        let open = request.filter(|_| !close && sys::signals() == 0);
-        let next = open.and_then(skip_content);
+        let next = content.filter(|_| !close && sys::signals() == 0).and_then(skip_content);
         if next.is_none() {
             self.linger(LINGER_PAUSE);
         }
@@ -132,12 +134,12 @@ impl Conversation {
     }
 
     /// Reads a request and checks it, in the order in which answers take precedence.
-    fn check(&self, request: &mut Feed) -> Result<Order> {
-        request.read_head()?;
-        if request.begins_malformed(request.input.buffer()) {
+    fn check(&self, head: &mut Head, content: &mut Feed) -> Result<Order> {
+        content.read_head(head)?;
+        if content.begins_malformed(content.input.buffer()) {
             return Err(Answer::Malformed("malformed chunk"));
         }
-        let (policy, head) = (&self.0.config.policy, &request.head);
+        let policy = &self.0.config.policy;
         let (path, method) = (head.path.as_str(), head.method.as_str());
         policy.host(head, self.1.local)?;
         if path != "/" || !matches!(method, "GET" | "HEAD") {
@@ -162,52 +164,52 @@ impl Conversation {
         let (query, format) = (head.query.as_bytes(), format_for(head));
         let (gets, posts) = (method != "HEAD", method == "POST");
         let order = match posts && form_value(query, b"command")?.is_none() {
-            true => policy.command(&self.read_form(request)?)?,
+            true => policy.command(&self.read_form(content)?)?,
             false => policy.command(query)?,
         };
         if gets { Ok(order) } else { Err(Answer::Head(format)) }
     }
 
     /// Content that is a form.
-    fn read_form(&self, request: &mut Feed) -> Result<Vec<u8>> {
+    fn read_form(&self, content: &mut Feed) -> Result<Vec<u8>> {
         let mut form = Vec::new();
-        if request.left <= LARGEST_FORM && take(&mut request.awaits_continue) {
+        if content.left <= LARGEST_FORM && take(&mut content.awaits_continue) {
             self.write(CONTINUE);
         }
-        request.input.get_mut().allow(REQUEST_TIME);
-        while request.left.saturating_add(form.len() as u64) <= LARGEST_FORM {
-            let piece = request.piece()?;
+        content.input.get_mut().allow(REQUEST_TIME);
+        while content.left.saturating_add(form.len() as u64) <= LARGEST_FORM {
+            let piece = content.piece()?;
             form.extend_from_slice(piece);
             match piece.len() {
                 0 => return Ok(form),
-                length => request.take(length),
+                length => content.take(length),
             }
         }
         Err(Answer::FormTooLarge)
     }
 
-    /// Runs a command and streams it. A request's content, if there is any, is its standard input.
-    fn run(&self, order: &Order, request: &mut Option<Feed>) -> Result<()> {
+    /// Runs a command and streams it. The content of a POST is its standard input.
+    fn run(&self, order: &Order, head: &Head, content: &mut Option<Feed>) -> Result<()> {
         let Conversation(server, connection) = self;
         let _counted = server.runs.clone();
         fence(SeqCst);
         if sys::signals() > 0 {
             return Err(Answer::Busy("the server is shutting down"));
         }
-        let Request { head, awaits_continue, .. } = request.as_ref().ok_or(Answer::Gone)?;
         let format = format_for(head);
-        let mut start = if *awaits_continue { CONTINUE.to_vec() } else { Vec::new() };
+        let awaits_continue = content.as_ref().is_some_and(|content| content.awaits_continue);
+        let mut start = if awaits_continue { CONTINUE.to_vec() } else { Vec::new() };
         start.extend(self.manner(head, head.wants_close()).stream(format));
-        let mut feed = request.take_if(|it| it.head.method == "POST" && !it.is_at_end());
-        let child = Child::start(&order.words, &server.null, &mut feed, format);
-        *request = request.take().or(feed);
-        let child = child?;
-        let (peer, pid, command) = (&connection.peer, child.pid(), Quoted(&order.line));
-        log::line(format_args!("run peer={peer} pid={pid} command={command}"));
-        let stream = Stream::new(format, start);
-        let (complete, feed) = run::run(child, connection, &server.config.limits, stream);
-        *request = request.take().or(feed);
-        if complete { Ok(()) } else { Err(Answer::Gone) }
+        let (feeder, stdin) = match content.take_if(|it| head.method == "POST" && !it.is_at_end()) {
+            Some(content) => Feeder::start(content).map(|(feeder, end)| (Some(feeder), end))?,
+            None => (None, server.null.try_clone().map_err(exhausted)?.into()),
+        };
+        let done = Child::start(&order.words, stdin, format).and_then(|child| {
+            let (limits, stream) = (&server.config.limits, Stream::new(format, start));
+            run::run(&order.line, child, feeder.as_ref(), connection, limits, stream)
+        });
+        *content = content.take().or(feeder.and_then(Feeder::end));
+        done
     }
 
     /// Answers with anything but a command's output.
@@ -258,15 +260,15 @@ fn format_for(head: &Head) -> Format {
 }
 
 /// Reads what is left of a request's content, if that is not too much: the next request comes after it.
-fn skip_content(mut request: Feed) -> Option<Feed> {
-    request.input.get_mut().allow(REQUEST_TIME);
+fn skip_content(mut content: Feed) -> Option<Feed> {
+    content.input.get_mut().allow(REQUEST_TIME);
     let mut skipped = 0;
     while skipped <= MOST_SKIPPED {
-        let length = request.piece().ok()?.len();
+        let length = content.piece().ok()?.len();
         if length == 0 {
-            return Some(request);
+            return Some(content);
         }
-        request.take(length);
+        content.take(length);
         skipped += length as u64;
     }
     None

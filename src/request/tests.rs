@@ -7,15 +7,15 @@ const WHOLE: &[u8] =
 
 /// A head, its content, and what is left of the input.
 fn parse(bytes: &[u8]) -> Result<(Head, Vec<u8>, &[u8])> {
-    let mut request = Request::new(bytes);
-    request.read_head()?;
-    let mut content = Vec::new();
+    let (mut head, mut content) = (Head::default(), Content::new(bytes));
+    content.read_head(&mut head)?;
+    let mut taken = Vec::new();
     loop {
-        let piece = request.piece()?;
-        content.extend_from_slice(piece);
+        let piece = content.piece()?;
+        taken.extend_from_slice(piece);
         match piece.len() {
-            0 => return Ok((request.head, content, request.input)),
-            length => request.take(length),
+            0 => return Ok((head, taken, content.input)),
+            length => content.take(length),
         }
     }
 }
@@ -49,8 +49,8 @@ fn a_request_is_taken_apart() {
 
 #[test]
 fn pieces_make_no_difference() {
-    let mut request = Request::new(std::io::BufReader::with_capacity(1, Trickle(WHOLE)));
-    request.read_head().unwrap();
+    let mut request = Content::new(std::io::BufReader::with_capacity(1, Trickle(WHOLE)));
+    request.read_head(&mut Head::default()).unwrap();
     assert!(request.awaits_continue && !request.is_at_end());
     let mut content = Vec::new();
     while let Some(&byte) = request.piece().unwrap().first() {
@@ -169,8 +169,8 @@ fn a_chunk_s_end_is_looked_at() {
         let request = format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{broken}");
         assert!(parse(request.as_bytes()).is_err(), "{broken:?}");
     }
-    let mut request = Request::new(&b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"[..]);
-    request.read_head().unwrap();
+    let mut request = Content::new(&b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"[..]);
+    request.read_head(&mut Head::default()).unwrap();
     for (buffered, malformed) in [
         ("", false),
         ("5", false),
