@@ -10,7 +10,7 @@ use crate::{listener::Input, sys};
 use std::io::{self, ErrorKind, prelude::*};
 use std::os::unix::{prelude::*, process::CommandExt};
 use std::process::{self, Command, ExitStatus};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -36,6 +36,7 @@ pub type Piece = (usize, Vec<u8>);
 pub struct Child {
     process: process::Child,
     status: Option<ExitStatus>,
+    guarded: Option<&'static AtomicU32>,
     readers: Vec<JoinHandle<()>>,
     /// Disconnected when both pipes have ended.
     pub pieces: Receiver<Piece>,
@@ -73,7 +74,8 @@ impl Child {
         ends.pop().map(|stdout| command.stdout(stdout));
         let spawned = command.spawn();
         let process = spawned.map_err(|error| why_not_started(&error, program, format))?;
-        Ok(Child { process, status: None, readers, pieces, stop })
+        let guarded = sys::guard(process.id());
+        Ok(Child { process, status: None, guarded, readers, pieces, stop })
     }
 
     /// Also the id of the group.
@@ -96,6 +98,7 @@ impl Child {
     /// Kills what is left of the group, and reaps the leader.
     pub fn reap(&mut self) -> ExitStatus {
         self.signal(sys::SIGKILL);
+        self.guarded.take().inspect(|place| place.store(0, SeqCst));
         let waited = self.process.wait();
         *self.status.insert(waited.unwrap_or_default())
     }

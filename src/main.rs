@@ -51,6 +51,8 @@ fn start(token: Option<std::ffi::OsString>) -> Result<(), Exit> {
     let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
     let arguments = std::env::args_os().skip(1).map(lossy).collect();
     let config = Config::parse(arguments, token.map(lossy))?;
+    let cannot = |error| Exit(1, format!("cannot start the guardian: {error}"));
+    sys::start_guardian(config.max_connections).map_err(cannot)?;
     let cannot = |error| Exit(1, format!("cannot listen on {}: {error}", config.address.name()));
     let listener = listener::Listener::bind(&config.address).map_err(cannot)?;
     log::hide(config.policy.token.as_deref());

@@ -5,7 +5,7 @@
 
 use std::ffi::{c_int, c_long, c_short, c_uint, c_ulong, c_void};
 use std::os::unix::prelude::*;
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
+use std::sync::{OnceLock, atomic::AtomicI32, atomic::AtomicU32, atomic::Ordering::SeqCst};
 use std::{io, net, ptr, thread, time};
 
 #[cfg(any(target_arch = "mips", target_arch = "mips64"))]
@@ -48,23 +48,35 @@ struct PollFd(c_int, c_short, c_short);
 #[repr(C, align(16))]
 struct Scratch([c_int; 64]);
 
+/// musl's is 64 bits wide everywhere.
+#[cfg(target_env = "musl")]
+type Offset = i64;
+#[cfg(not(target_env = "musl"))]
+type Offset = c_long;
+
 unsafe extern "C" {
+    fn _exit(status: c_int) -> !;
     fn accept4(fd: c_int, address: *mut c_void, length: *mut c_uint, flags: c_int) -> c_int;
+    fn close(fd: c_int) -> c_int;
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
+    fn fork() -> c_int;
     fn kill(pid: c_int, signal: c_int) -> c_int;
     fn listen(fd: c_int, backlog: c_int) -> c_int;
     #[cfg(target_env = "gnu")]
     fn mallopt(parameter: c_int, value: c_int) -> c_int;
+    fn mmap(at: *mut c_void, n: usize, p: c_int, f: c_int, fd: c_int, o: Offset) -> *mut c_void;
     fn pipe2(fds: *mut c_int, flags: c_int) -> c_int;
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
     fn pthread_kill(thread: c_ulong, signal: c_int) -> c_int;
     fn pthread_sigmask(how: c_int, new: *const Scratch, old: *mut Scratch) -> c_int;
+    fn setsid() -> c_int;
     fn setsockopt(fd: c_int, level: c_int, name: c_int, new: *const c_void, n: c_uint) -> c_int;
     fn shutdown(fd: c_int, how: c_int) -> c_int;
     fn siginterrupt(signal: c_int, flag: c_int) -> c_int;
     fn signal(signal: c_int, handler: usize) -> usize;
     fn syscall(number: c_long, ...) -> c_long;
     fn umask(mask: c_uint) -> c_uint;
+    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn waitid(idtype: c_uint, id: c_uint, info: *mut Scratch, options: c_int) -> c_int;
 }
 
@@ -82,6 +94,9 @@ static TAKE_FAULT_SIGNALS: extern "C" fn() = {
 };
 
 const CLOEXEC: c_int = 0o2_000_000;
+/// A system call with the same number everywhere; older kernels (before 5.9) have it not.
+const CLOSE_RANGE: c_long = 436;
+const MOST_INHERITED: c_int = 1 << 16;
 
 /// Undoes what whoever started the server left behind in this process: ignored signals (SIGCHLD's would make every wait fail) and
 /// blocked ones, which commands would inherit; descriptors and the variable `secret`, which they must not see.
@@ -89,7 +104,6 @@ const CLOEXEC: c_int = 0o2_000_000;
 pub fn normalise_process(secret: &str) {
     const SIG_SETMASK: c_int = 2;
     const F_SETFD: c_int = 2;
-    const CLOSE_RANGE: c_long = 436;
     const CLOSE_RANGE_CLOEXEC: c_uint = 4;
     // SAFETY: numbers, and a `sigset_t`, empty where all is zero. There is one thread, and nobody else reads the environment.
     unsafe {
@@ -98,7 +112,7 @@ pub fn normalise_process(secret: &str) {
         }
         pthread_sigmask(SIG_SETMASK, &Scratch([0; 64]), ptr::null_mut());
         if syscall(CLOSE_RANGE, 3 as c_uint, c_uint::MAX, CLOSE_RANGE_CLOEXEC) != 0 {
-            (3..1 << 16).for_each(|fd| _ = fcntl(fd, F_SETFD, 1 as c_int));
+            (3..MOST_INHERITED).for_each(|fd| _ = fcntl(fd, F_SETFD, 1 as c_int));
         }
         std::env::remove_var(secret);
     }
@@ -108,6 +122,66 @@ pub fn normalise_process(secret: &str) {
     unsafe {
         mallopt(-8, 2);
     }
+}
+
+/// The ids of groups that must not outlive this process, in memory that the guardian sees too; 0 is a free place.
+static GUARDED: OnceLock<&[AtomicU32]> = OnceLock::new();
+
+/// Starts the guardian: a process that waits for the end of this one, however it comes (SIGKILL, out of memory), and then kills the
+/// groups that are still guarded. Call it before any thread is started.
+///
+/// It is forked, so that guarding is a store to memory and no system call, and twice, so that it is no child of this process. It
+/// leaves the session and closes every other descriptor, so that no terminal ends it and nobody waits for it.
+pub fn start_guardian(places: usize) -> io::Result<()> {
+    const READ_WRITE: c_int = 3;
+    const SHARED_ANONYMOUS: c_int = 0x21;
+    let places = places.min(1 << 16);
+    // SAFETY: new memory, zeroed, aligned to a page, of that size and never unmapped. There is one thread, so a fork may do anything.
+    unsafe {
+        let at = mmap(ptr::null_mut(), places * 4, READ_WRITE, SHARED_ANONYMOUS, -1, 0);
+        if at as isize == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        let groups = GUARDED.get_or_init(|| std::slice::from_raw_parts(at.cast(), places));
+        let (end, pipe) = pipe()?;
+        match fork() {
+            -1 => return Err(io::Error::last_os_error()),
+            0 if fork() == 0 => {
+                drop(pipe);
+                watch(end, groups);
+            }
+            0 => _exit(0),
+            child => waitpid(child, ptr::null_mut(), 0),
+        };
+        // Open until this process ends.
+        std::mem::forget(pipe);
+    }
+    Ok(())
+}
+
+/// The guardian's life.
+fn watch(end: OwnedFd, groups: &[AtomicU32]) -> ! {
+    // SAFETY: numbers alone, of descriptors and groups that are nobody else's in this process, which has one thread.
+    unsafe {
+        setsid();
+        (1..=64).for_each(|number| _ = signal(number, SIG_IGN));
+        let own = end.as_raw_fd();
+        let ranges = [(0, own as c_uint - 1), (own as c_uint + 1, c_uint::MAX)];
+        if ranges.map(|(first, last)| syscall(CLOSE_RANGE, first, last, 0)) != [0; 2] {
+            (0..MOST_INHERITED).filter(|&fd| fd != own).for_each(|fd| _ = close(fd));
+        }
+        let _ = std::env::set_current_dir("/");
+        while ready(&end, POLLIN, -1) == 0 {}
+        let guarded = groups.iter().map(|group| group.load(SeqCst)).filter(|&pgid| pgid > 1);
+        guarded.for_each(|pgid| kill_group(pgid, SIGKILL));
+        _exit(0)
+    }
+}
+
+/// Has a group killed if this process ends before the place is set to 0 again, as it must be before the leader is reaped.
+pub fn guard(pgid: u32) -> Option<&'static AtomicU32> {
+    let free = |place: &&AtomicU32| place.compare_exchange(0, pgid, SeqCst, SeqCst).is_ok();
+    GUARDED.get()?.iter().find(free)
 }
 
 static LISTENING: AtomicI32 = AtomicI32::new(-1);

@@ -328,3 +328,23 @@ fn a_group_of_the_server_s_own_is_not_hit() {
     ends_all(&server, FAMILY, 2, drop);
     assert_eq!(outcome(&server.run("true")), "exited:0");
 }
+
+/// Whatever ends the server ends its commands, and what they started, even where it had no time to see to it.
+#[test]
+fn commands_do_not_outlive_a_server_that_is_killed() {
+    let mut server = Server::start(&[]);
+    let script = "sh -c 'trap \"\" TERM; sleep 1000 & echo $!; wait'";
+    let mut begun: Vec<(Client, u32)> = (0..8).map(|_| server.begin(script)).collect();
+    let mut pids = Vec::new();
+    for (client, pid) in &mut begun {
+        let text = client.read_until("\\n");
+        let number = text.rsplit('"').find_map(|part| part.trim_end_matches("\\n").parse().ok());
+        pids.extend([*pid, number.unwrap_or_else(|| panic!("{text}"))]);
+    }
+    server.run("true");
+    let killed = Instant::now();
+    server.signal("KILL");
+    server.exit_status();
+    pids.into_iter().for_each(is_gone);
+    assert!(killed.elapsed() < Duration::from_secs(1));
+}
