@@ -93,7 +93,9 @@ fn wait_for_runs(server: &Server) {
 }
 
 impl Conversation {
+    /// Waits for the request before it refuses it: nginx mixes an answer that precedes its request with the next instance's, and says 502.
     fn turn_away(&self, pause: Duration) {
+        sys::ready(&self.1.socket, sys::POLLIN, pause.as_millis() as i32);
         let answer = Answer::Busy("no place for another connection");
         self.reply(&Head::default(), &answer, true);
         self.linger(pause);

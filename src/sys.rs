@@ -220,7 +220,8 @@ pub fn interrupt<T>(thread: &thread::JoinHandle<T>) {
     unsafe { pthread_kill(thread.as_pthread_t() as c_ulong, SIGURG) };
 }
 
-/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd` now, or, where `wait` is -1, once one does. An error counts as none.
+/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd`, waiting for one up to `wait` milliseconds, or without end where it is
+/// -1. An error counts as none.
 pub fn ready(fd: impl AsFd, events: c_short, wait: c_int) -> c_short {
     let mut one = PollFd(fd.as_fd().as_raw_fd(), events, 0);
     // SAFETY: one valid entry, whose descriptor is borrowed for the call.

@@ -1,6 +1,7 @@
 //! Section 6 and 7: caps, descriptors that run out, the log.
 
 use crate::support::*;
+use std::io::BufRead;
 use std::process::Command;
 use std::time::Duration;
 
@@ -14,8 +15,15 @@ fn beyond_the_cap_clients_are_told_so() {
         assert_eq!((response.status, response.field("retry-after")), (503, Some("1")));
         assert!(response.complete && response.field("date").is_some());
     }
+    // No answer comes before its request: proxies lose count.
+    let mut client = server.connect();
+    client.stream.get_ref().set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+    assert!(client.stream.fill_buf().is_err());
+    client.write("GET /run?command=true HTTP/1.1\r\nHost: localhost\r\n\r\n");
+    client.stream.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(client.response().status, 503);
     assert_eq!(server.children().len(), 3);
-    drop(held);
+    drop((held, client));
     server.comes_to_rest(rest);
     assert_eq!(outcome(&server.run("true")), "exited:0");
     server.logged(&["refuse peer=127.0.0.1:", "status=503"]);
