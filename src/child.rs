@@ -75,7 +75,14 @@ impl Child {
         let spawned = command.spawn();
         let process = spawned.map_err(|error| why_not_started(&error, program, format))?;
         let guarded = sys::guard(process.id());
-        Ok(Child { process, status: None, guarded, readers, pieces, stop })
+        Ok(Child {
+            process,
+            status: None,
+            guarded,
+            readers,
+            pieces,
+            stop,
+        })
     }
 
     /// Also the id of the group.

@@ -66,7 +66,10 @@ impl Config {
     fn check_exposure(&self) -> Result<(), Exit> {
         const REMEDY: &str = "set --token-file, or say --no-token";
         if self.address.is_exposed() {
-            let why = format!("{} can be reached from other hosts: {REMEDY}", self.address.name());
+            let why = format!(
+                "{} can be reached from other hosts: {REMEDY}",
+                self.address.name()
+            );
             return Err(Exit(1, why));
         }
         if self.policy.origins.iter().any(|origin| origin == "*") {
@@ -168,7 +171,11 @@ fn read_token(file: Option<String>, variable: Option<String>) -> Result<Option<S
             (format!("--token-file {path}"), content)
         }
         _ => {
-            return Err(usage(&["--token-file and", TOKEN_VARIABLE, "are both given"]));
+            return Err(usage(&[
+                "--token-file and",
+                TOKEN_VARIABLE,
+                "are both given",
+            ]));
         }
     };
     let token = content.lines().next().unwrap_or("").trim();
@@ -204,9 +211,16 @@ mod tests {
             ("unix:/run/x", "unix:/run/x"),
         ];
         for (text, expected) in table {
-            for line in [&["-l", text][..], &["--listen", text], &[&format!("--listen={text}")]] {
+            for line in [
+                &["-l", text][..],
+                &["--listen", text],
+                &[&format!("--listen={text}")],
+            ] {
                 assert_eq!(
-                    parse(line, None).unwrap_or_else(|why| panic!("{why}")).address.name(),
+                    parse(line, None)
+                        .unwrap_or_else(|why| panic!("{why}"))
+                        .address
+                        .name(),
                     expected
                 );
             }
@@ -233,15 +247,20 @@ mod tests {
 
     #[test]
     fn seconds_are_plain_decimals() {
-        let table =
-            [("0.5", 500), ("1", 1000), ("31536000", 31_536_000_000), (".25", 250), ("3.", 3000)];
+        let table = [
+            ("0.5", 500),
+            ("1", 1000),
+            ("31536000", 31_536_000_000),
+            (".25", 250),
+            ("3.", 3000),
+        ];
         for (text, millis) in table {
             let config = parse(&["--stall", text], None).unwrap_or_else(|why| panic!("{why}"));
             assert_eq!(config.limits.stall, Duration::from_millis(millis));
         }
-        for text in
-            ["", "-1", "+1", "1e3", "inf", "NaN", "31536001", "1s", "0x1", ".", "1.2.3", " 1"]
-        {
+        for text in [
+            "", "-1", "+1", "1e3", "inf", "NaN", "31536001", "1s", "0x1", ".", "1.2.3", " 1",
+        ] {
             for option in ["--timeout", "--grace", "--heartbeat", "--stall"] {
                 assert!(
                     parse(&[option, text], None).is_err_and(|why| why.starts_with("2 ")),
@@ -249,9 +268,12 @@ mod tests {
                 );
             }
         }
-        for (option, good) in
-            [("--timeout", true), ("--grace", true), ("--heartbeat", false), ("--stall", false)]
-        {
+        for (option, good) in [
+            ("--timeout", true),
+            ("--grace", true),
+            ("--heartbeat", false),
+            ("--stall", false),
+        ] {
             assert_eq!(parse(&[option, "0"], None).is_ok(), good, "{option}");
         }
     }
@@ -268,7 +290,10 @@ mod tests {
             (&["--allow", "a 'b"], "--allow"),
             (&["--allow", " "], "--allow"),
             (&["--allow-origin", "ops.example"], "--allow-origin"),
-            (&["--allow-origin", "https://ops.example/"], "--allow-origin"),
+            (
+                &["--allow-origin", "https://ops.example/"],
+                "--allow-origin",
+            ),
             (&["--allow-origin", "null"], "--allow-origin"),
             (&["--listen=a\nb"], "--listen"),
         ];
@@ -283,9 +308,13 @@ mod tests {
 
     #[test]
     fn exposure_needs_a_token() {
-        for address in
-            ["0.0.0.0:1", "192.0.2.1:1", "[::]:1", "[2001:db8::1]:1", "[::ffff:192.0.2.1]:1"]
-        {
+        for address in [
+            "0.0.0.0:1",
+            "192.0.2.1:1",
+            "[::]:1",
+            "[2001:db8::1]:1",
+            "[::ffff:192.0.2.1]:1",
+        ] {
             assert!(
                 parse(&["-l", address], None).is_err_and(|why| why.starts_with("1 ")),
                 "{address}"
@@ -309,7 +338,10 @@ mod tests {
         assert_eq!(token("secret"), Ok("secret".to_string()));
         assert_eq!(token("  secret \r\nrest"), Ok("secret".to_string()));
         for bad in ["", "  ", "\nsecret", "two words", "gr\u{fc}n"] {
-            assert!(token(bad).is_err_and(|why| why.starts_with("1 ")), "{bad:?}");
+            assert!(
+                token(bad).is_err_and(|why| why.starts_with("1 ")),
+                "{bad:?}"
+            );
         }
         assert!(
             parse(&["--token-file", "/nonexistent"], None).is_err_and(|why| why.starts_with("1 "))

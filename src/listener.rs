@@ -106,7 +106,11 @@ impl Listener {
             peer = socket.peer_addr()?.to_string();
             local = Some(socket.local_addr()?.ip().to_canonical());
         }
-        Ok(Connection { socket, peer, local })
+        Ok(Connection {
+            socket,
+            peer,
+            local,
+        })
     }
 }
 
@@ -124,7 +128,11 @@ impl Drop for Listener {
 
 impl Input {
     pub fn new(connection: Arc<Connection>) -> io::BufReader<Input> {
-        let input = Input { connection, deadline: None, interrupted: Arc::default() };
+        let input = Input {
+            connection,
+            deadline: None,
+            interrupted: Arc::default(),
+        };
         io::BufReader::with_capacity(INPUT_BUFFER, input)
     }
 
@@ -139,7 +147,9 @@ impl io::Read for Input {
         use io::ErrorKind::{Interrupted, Other, TimedOut, WouldBlock};
         let mut socket = &self.connection.socket;
         loop {
-            let left = self.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            let left = self
+                .deadline
+                .map(|at| at.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 return Err(TimedOut.into());
             }

@@ -54,7 +54,10 @@ mod tests {
         let all: Vec<u8> = (0..=255).collect();
         let quoted = Quoted(&all).to_string();
         assert!(quoted.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
-        assert_eq!(quoted.matches('"').count() - quoted.matches("\\\"").count(), 2);
+        assert_eq!(
+            quoted.matches('"').count() - quoted.matches("\\\"").count(),
+            2
+        );
         let quoted = Quoted(b"a\r\n\x1b[31m\"\\\x7f\xff'").to_string();
         assert_eq!(quoted, r#""a\x0d\n\x1b[31m\"\\\x7f\xff'""#);
     }
@@ -62,7 +65,10 @@ mod tests {
     #[test]
     fn the_token_is_left_out_and_long_texts_are_cut() {
         hide(Some("s3cret"));
-        assert_eq!(Quoted(b"s3s3cret, s3cre s3crets").to_string(), r#""s3***, s3cre ***s""#);
+        assert_eq!(
+            Quoted(b"s3s3cret, s3cre s3crets").to_string(),
+            r#""s3***, s3cre ***s""#
+        );
         let quoted = Quoted(&[7; 100_000]).to_string();
         assert!(quoted.len() < 48 << 10 && quoted.ends_with("\\x07...\""));
     }

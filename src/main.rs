@@ -53,7 +53,12 @@ fn start(token: Option<std::ffi::OsString>) -> Result<(), Exit> {
     let config = Config::parse(arguments, token.map(lossy))?;
     let cannot = |error| Exit(1, format!("cannot start the guardian: {error}"));
     sys::start_guardian(config.max_connections).map_err(cannot)?;
-    let cannot = |error| Exit(1, format!("cannot listen on {}: {error}", config.address.name()));
+    let cannot = |error| {
+        Exit(
+            1,
+            format!("cannot listen on {}: {error}", config.address.name()),
+        )
+    };
     let listener = listener::Listener::bind(&config.address).map_err(cannot)?;
     log::hide(config.policy.token.as_deref());
     sys::catch_signals(&listener.socket);

@@ -36,7 +36,13 @@ const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
 impl Stream {
     /// `head` goes out with the first batch.
     pub fn new(format: Format, head: Vec<u8>) -> Stream {
-        Stream { format, batch: head, chunk: None, events: 0, carried: Default::default() }
+        Stream {
+            format,
+            batch: head,
+            chunk: None,
+            events: 0,
+            carried: Default::default(),
+        }
     }
 
     /// The `start` event.
@@ -66,8 +72,11 @@ impl Stream {
             return self.batch.extend_from_slice(bytes);
         }
         let (before, carried) = (self.batch.len(), take(&mut self.carried[source]));
-        let bytes =
-            if carried.is_empty() { Cow::from(bytes) } else { [&carried, bytes].concat().into() };
+        let bytes = if carried.is_empty() {
+            Cow::from(bytes)
+        } else {
+            [&carried, bytes].concat().into()
+        };
         self.event(SOURCES[source], SOURCES[source], "\"out\":\"");
         let start = self.batch.len();
         self.carried[source] = decode(&bytes, &mut self.batch);
@@ -100,7 +109,8 @@ impl Stream {
                 Some(code) => format!("Exit-Code: {code}\r\n"),
                 None => format!("Exit-Signal: {signal}\r\n"),
             };
-            self.batch.extend_from_slice(format!("0\r\n{trailer}\r\n").as_bytes());
+            self.batch
+                .extend_from_slice(format!("0\r\n{trailer}\r\n").as_bytes());
         }
     }
 
@@ -122,8 +132,11 @@ impl Stream {
         if self.format.events {
             self.open_chunk();
             self.events += 1;
-            let (millis, id, end) =
-                (unix_millis(), self.events, if data.ends_with('}') { "\n\n" } else { "" });
+            let (millis, id, end) = (
+                unix_millis(),
+                self.events,
+                if data.ends_with('}') { "\n\n" } else { "" },
+            );
             let data = format_args!("data: {{\"type\":\"{kind}\",{data}{end}");
             // Writing to a Vec does not fail.
             let _ = write!(self.batch, "id: {millis}-{id}\nevent: {event}\n{data}");

@@ -47,10 +47,17 @@ impl Policy {
         if !origins.is_empty() {
             let good = is_own(head, origins[0]) || self.admits_origin(origins[0]);
             let refusal = Err(Forbidden("origin not allowed"));
-            return if good && origins.len() == 1 { Ok(()) } else { refusal };
+            return if good && origins.len() == 1 {
+                Ok(())
+            } else {
+                refusal
+            };
         }
         let sites = head.all("sec-fetch-site");
-        if sites.iter().any(|&site| site != "same-origin" && site != "none") {
+        if sites
+            .iter()
+            .any(|&site| site != "same-origin" && site != "none")
+        {
             return Err(Forbidden("another site's page calls (Sec-Fetch-Site)"));
         }
         if head.path == "/run" && head.all("sec-fetch-mode").contains(&"navigate") {
@@ -87,7 +94,11 @@ impl Policy {
         // The length of a token is no secret.
         let right = differences == 0 && token.len() == given.len();
         let bearer = scheme.eq_ignore_ascii_case("bearer");
-        if right && bearer { Ok(()) } else { Err(Answer::Token) }
+        if right && bearer {
+            Ok(())
+        } else {
+            Err(Answer::Token)
+        }
     }
 
     /// The one `command` in a query or form, if it may run.
@@ -134,7 +145,13 @@ fn host_name(authority: &str) -> Option<String> {
 
 /// Whole names and parsed addresses are compared, never beginnings or ends: `127.0.0.1.evil.test` is somebody else's.
 fn means_here(name: &str, local: Option<IpAddr>) -> bool {
-    let v6 = |name: &str| name.strip_prefix('[')?.strip_suffix(']')?.parse().ok().map(IpAddr::V6);
+    let v6 = |name: &str| {
+        name.strip_prefix('[')?
+            .strip_suffix(']')?
+            .parse()
+            .ok()
+            .map(IpAddr::V6)
+    };
     if let Some(address) = v6(name).or(name.parse().ok().map(IpAddr::V4)) {
         return local == Some(address);
     }

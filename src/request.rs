@@ -132,7 +132,15 @@ impl Head {
         };
         let [method, target, path, query] = [method, target, path, query].map(str::to_string);
         let authority = authority.map(str::to_string);
-        Ok(Head { method, target, authority, path, query, minor, fields: Vec::new() })
+        Ok(Head {
+            method,
+            target,
+            authority,
+            path,
+            query,
+            minor,
+            fields: Vec::new(),
+        })
     }
 }
 
@@ -151,13 +159,24 @@ fn split_absolute(target: &str) -> (Option<&str>, &str) {
 
 impl<R: BufRead> Content<R> {
     pub fn new(input: R) -> Content<R> {
-        Content { input, left: 0, chunks: Chunks::None, awaits_continue: false }
+        Content {
+            input,
+            left: 0,
+            chunks: Chunks::None,
+            awaits_continue: false,
+        }
     }
 
     /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
     /// section 2.2); the connection's end there is `Gone`.
     pub fn read_head(&mut self, head: &mut Head) -> Result<()> {
-        let end = |answer| if answer == BREAKS_OFF { Answer::Gone } else { answer };
+        let end = |answer| {
+            if answer == BREAKS_OFF {
+                Answer::Gone
+            } else {
+                answer
+            }
+        };
         let mut line = String::new();
         for _ in 0..2 {
             if line.is_empty() {
@@ -195,7 +214,11 @@ impl<R: BufRead> Content<R> {
         let met = |each: &&str| each.eq_ignore_ascii_case("100-continue");
         self.awaits_continue = !old && !expected.is_empty();
         let good = old || expected.iter().all(met);
-        if good { Ok(()) } else { Err(Answer::Expectation) }
+        if good {
+            Ok(())
+        } else {
+            Err(Answer::Expectation)
+        }
     }
 
     pub fn is_at_end(&self) -> bool {

@@ -70,7 +70,11 @@ impl Manner<'_> {
             false => (PLAIN, "Trailer: Exit-Code, Exit-Signal\r\n"),
         };
         let mut fields = format!("Content-Type: {media_type}\r\nCache-Control: no-cache\r\n");
-        let stays = if self.close { "" } else { "Connection: keep-alive\r\n" };
+        let stays = if self.close {
+            ""
+        } else {
+            "Connection: keep-alive\r\n"
+        };
         fields = fields + stays + "X-Accel-Buffering: no\r\n";
         if format.chunked {
             fields = fields + "Transfer-Encoding: chunked\r\n" + trailer;
@@ -100,7 +104,11 @@ impl Manner<'_> {
         if let Some(origin) = self.foreign_origin {
             head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
         }
-        let close = if self.close { "Connection: close\r\n" } else { "" };
+        let close = if self.close {
+            "Connection: close\r\n"
+        } else {
+            ""
+        };
         (head + close + "\r\n").into_bytes()
     }
 }
@@ -131,7 +139,10 @@ pub fn explain(answer: &Answer) -> (&'static str, &str) {
         LineTooLong => ("414 URI Too Long", "request line over 8 KiB"),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
         Misdirected => ("421 Misdirected Request", "Host is not this address"),
-        HeadTooLarge => ("431 Request Header Fields Too Large", "head over 16 KiB or 100 fields"),
+        HeadTooLarge => (
+            "431 Request Header Fields Too Large",
+            "head over 16 KiB or 100 fields",
+        ),
         Coding => ("501 Not Implemented", "transfer coding not implemented"),
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
         Busy(why) => ("503 Service Unavailable", why),
@@ -151,14 +162,28 @@ mod tests {
         let (_, rest) = page.split_once(&format!("<{tag}>")).unwrap();
         let (inside, rest) = rest.split_once(&format!("</{tag}>")).unwrap();
         assert!(!rest.contains(&format!("<{tag}")));
-        let mut command =
-            Command::new("sha256sum").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        command.stdin.take().unwrap().write_all(inside.as_bytes()).unwrap();
+        let mut command = Command::new("sha256sum")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        command
+            .stdin
+            .take()
+            .unwrap()
+            .write_all(inside.as_bytes())
+            .unwrap();
         let hex = command.wait_with_output().unwrap().stdout;
         let digit = |place: usize| char::from(hex[place]).to_digit(16).unwrap();
         let bits = |place: usize| {
             (0..4)
-                .map(|offset| if place + offset < 64 { digit(place + offset) } else { 0 })
+                .map(|offset| {
+                    if place + offset < 64 {
+                        digit(place + offset)
+                    } else {
+                        0
+                    }
+                })
                 .fold(0, |all, each| all << 4 | each)
         };
         let alphabet = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
@@ -173,7 +198,10 @@ mod tests {
     fn the_policy_admits_the_page_s_own_script_and_style() {
         for tag in ["script", "style"] {
             let source = format!("{tag}-src 'sha256-{}'", hash(tag));
-            assert!(PAGE_FIELDS.contains(&source), "the page has changed: {source}");
+            assert!(
+                PAGE_FIELDS.contains(&source),
+                "the page has changed: {source}"
+            );
         }
     }
 }

@@ -130,7 +130,9 @@ impl Conversation {
             close |= response::ends_connection(&answer) || content.as_ref().is_none_or(is_long);
             self.reply(&head, &answer, close);
         }
-        let next = content.filter(|_| !close && sys::signals() == 0).and_then(skip_content);
+        let next = content
+            .filter(|_| !close && sys::signals() == 0)
+            .and_then(skip_content);
         if next.is_none() {
             self.linger(LINGER_PAUSE);
         }
@@ -171,7 +173,11 @@ impl Conversation {
             true => policy.command(&self.read_form(content)?)?,
             false => policy.command(query)?,
         };
-        if gets { Ok(order) } else { Err(Answer::Head(format)) }
+        if gets {
+            Ok(order)
+        } else {
+            Err(Answer::Head(format))
+        }
     }
 
     /// Content that is a form.
@@ -201,8 +207,14 @@ impl Conversation {
             return Err(Answer::Busy("the server is shutting down"));
         }
         let format = format_for(head);
-        let awaits_continue = content.as_ref().is_some_and(|content| content.awaits_continue);
-        let mut start = if awaits_continue { CONTINUE.to_vec() } else { Vec::new() };
+        let awaits_continue = content
+            .as_ref()
+            .is_some_and(|content| content.awaits_continue);
+        let mut start = if awaits_continue {
+            CONTINUE.to_vec()
+        } else {
+            Vec::new()
+        };
         start.extend(self.manner(head, head.wants_close()).stream(format));
         let (feeder, stdin) = match content.take_if(|it| head.method == "POST" && !it.is_at_end()) {
             Some(content) => Feeder::start(content).map(|(feeder, end)| (Some(feeder), end))?,
@@ -210,7 +222,14 @@ impl Conversation {
         };
         let done = Child::start(&order.words, stdin, format).and_then(|child| {
             let (limits, stream) = (&server.config.limits, Stream::new(format, start));
-            run::run(&order.line, child, feeder.as_ref(), connection, limits, stream)
+            run::run(
+                &order.line,
+                child,
+                feeder.as_ref(),
+                connection,
+                limits,
+                stream,
+            )
         });
         *content = content.take().or(feeder.and_then(Feeder::end));
         done
@@ -230,7 +249,11 @@ impl Conversation {
 
     fn manner<'a>(&self, head: &'a Head, close: bool) -> Manner<'a> {
         let foreign_origin = self.0.config.policy.foreign_origin(head);
-        Manner { close, head_only: head.method == "HEAD", foreign_origin }
+        Manner {
+            close,
+            head_only: head.method == "HEAD",
+            foreign_origin,
+        }
     }
 
     /// Writes an answer whole, unless the client is gone or does not read, as the next read will tell.
@@ -260,7 +283,10 @@ impl Conversation {
 /// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
 fn format_for(head: &Head) -> Format {
     let plain = head.lists("accept", "text/plain") && !head.lists("accept", "text/event-stream");
-    Format { events: !plain, chunked: head.minor > 0 }
+    Format {
+        events: !plain,
+        chunked: head.minor > 0,
+    }
 }
 
 /// Reads what is left of a request's content, if that is not too much: the next request comes after it.

@@ -88,7 +88,9 @@ unsafe extern "C" {
 static TAKE_FAULT_SIGNALS: extern "C" fn() = {
     extern "C" fn take() {
         // SAFETY: numbers alone; there is one thread.
-        FAULTS.iter().for_each(|&number| _ = unsafe { signal(number, SIG_IGN) });
+        FAULTS
+            .iter()
+            .for_each(|&number| _ = unsafe { signal(number, SIG_IGN) });
     }
     take
 };
@@ -138,7 +140,14 @@ pub fn start_guardian(places: usize) -> io::Result<()> {
     let places = places.min(1 << 16);
     // SAFETY: new memory, zeroed, aligned to a page, of that size and never unmapped. There is one thread, so a fork may do anything.
     unsafe {
-        let at = mmap(ptr::null_mut(), places * 4, READ_WRITE, SHARED_ANONYMOUS, -1, 0);
+        let at = mmap(
+            ptr::null_mut(),
+            places * 4,
+            READ_WRITE,
+            SHARED_ANONYMOUS,
+            -1,
+            0,
+        );
         if at as isize == -1 {
             return Err(io::Error::last_os_error());
         }
@@ -168,11 +177,16 @@ fn watch(end: OwnedFd, groups: &[AtomicU32]) -> ! {
         let own = end.as_raw_fd();
         let ranges = [(0, own as c_uint - 1), (own as c_uint + 1, c_uint::MAX)];
         if ranges.map(|(first, last)| syscall(CLOSE_RANGE, first, last, 0)) != [0; 2] {
-            (0..MOST_INHERITED).filter(|&fd| fd != own).for_each(|fd| _ = close(fd));
+            (0..MOST_INHERITED)
+                .filter(|&fd| fd != own)
+                .for_each(|fd| _ = close(fd));
         }
         let _ = std::env::set_current_dir("/");
         while ready(&end, POLLIN, -1) == 0 {}
-        let guarded = groups.iter().map(|group| group.load(SeqCst)).filter(|&pgid| pgid > 1);
+        let guarded = groups
+            .iter()
+            .map(|group| group.load(SeqCst))
+            .filter(|&pgid| pgid > 1);
         guarded.for_each(|pgid| kill_group(pgid, SIGKILL));
         _exit(0)
     }
@@ -275,7 +289,10 @@ pub fn set_backlog(listening: &OwnedFd, backlog: c_int) {
 pub fn set_user_timeout(stream: &net::TcpStream, limit: time::Duration) {
     const IPPROTO_TCP: c_int = 6;
     const TCP_USER_TIMEOUT: c_int = 18;
-    let (fd, millis) = (stream.as_raw_fd(), limit.as_millis().min(c_uint::MAX.into()) as c_uint);
+    let (fd, millis) = (
+        stream.as_raw_fd(),
+        limit.as_millis().min(c_uint::MAX.into()) as c_uint,
+    );
     let value = (&raw const millis).cast();
     // SAFETY: the option's value is an unsigned int, 4 bytes, read during the call.
     unsafe { setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, 4) };

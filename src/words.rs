@@ -73,7 +73,10 @@ mod tests {
             (r"\", &[r"\"]),
             ("a\\\nb", &["a\nb"]),
             ("'it'\\''s'", &["it's"]),
-            ("$HOME *.rs ~ a;b|c&d>e #f", &["$HOME", "*.rs", "~", "a;b|c&d>e", "#f"]),
+            (
+                "$HOME *.rs ~ a;b|c&d>e #f",
+                &["$HOME", "*.rs", "~", "a;b|c&d>e", "#f"],
+            ),
             ("a\rb\u{b}c", &["a\rb\u{b}c"]),
             ("größe 'ü x'", &["größe", "ü x"]),
         ];
@@ -85,8 +88,9 @@ mod tests {
 
     #[test]
     fn refuses_open_quotes_and_nul() {
-        for line in ["'", "\"", "a 'b", "a \"b", "\"\\\"", "\"\\", "'a\\'b'", "'''", "\0", "a '\0'"]
-        {
+        for line in [
+            "'", "\"", "a 'b", "a \"b", "\"\\\"", "\"\\", "'a\\'b'", "'''", "\0", "a '\0'",
+        ] {
             assert!(split(line.as_bytes()).is_err(), "{line:?}");
         }
     }
@@ -96,18 +100,24 @@ mod tests {
     fn agrees_with_sh() {
         let alphabet = [" ", "a", "'", "\"", "\\", "$ ", "-"];
         for number in 0..7_usize.pow(5) {
-            let line: String =
-                (0..5).map(|place| alphabet[number / 7_usize.pow(place) % 7]).collect();
+            let line: String = (0..5)
+                .map(|place| alphabet[number / 7_usize.pow(place) % 7])
+                .collect();
             // A shell takes "\<newline>" away and asks for more after a last backslash; each line here ends in neither.
             if number % 97 != 0 || line.ends_with('\\') {
                 continue;
             }
             let script = format!("for word in {line}; do printf '%s\\0' \"$word\"; done");
-            let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
+            let output = std::process::Command::new("sh")
+                .args(["-c", &script])
+                .output()
+                .unwrap();
             match split(line.as_bytes()) {
                 Ok(words) => {
-                    let expected: Vec<u8> =
-                        words.iter().flat_map(|word| [word, &b"\0"[..]].concat()).collect();
+                    let expected: Vec<u8> = words
+                        .iter()
+                        .flat_map(|word| [word, &b"\0"[..]].concat())
+                        .collect();
                     assert_eq!(output.stdout, expected, "{line:?}");
                 }
                 Err(_) => assert!(!output.status.success(), "{line:?}"),

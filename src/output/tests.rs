@@ -11,7 +11,9 @@ fn events(stream: &[u8]) -> Vec<(String, String)> {
     blocks
         .map(|(index, block)| {
             let lines: Vec<&str> = block.split('\n').collect();
-            let [id, event, data] = lines[..] else { panic!("{block:?}") };
+            let [id, event, data] = lines[..] else {
+                panic!("{block:?}")
+            };
             let (millis, number) = id.strip_prefix("id: ").unwrap().split_once('-').unwrap();
             assert!(millis.parse::<u64>().unwrap() > 1_700_000_000_000);
             assert_eq!(number, (index + 1).to_string());
@@ -25,7 +27,12 @@ fn events(stream: &[u8]) -> Vec<(String, String)> {
 
 /// What a JSON parser makes of the `out` of a piece's data.
 fn unescape(data: &str) -> String {
-    let inside = data.split_once("\"out\":\"").unwrap().1.strip_suffix("\"}").unwrap();
+    let inside = data
+        .split_once("\"out\":\"")
+        .unwrap()
+        .1
+        .strip_suffix("\"}")
+        .unwrap();
     let mut text = String::new();
     let mut characters = inside.chars();
     while let Some(character) = characters.next() {
@@ -54,7 +61,13 @@ fn unescape(data: &str) -> String {
 }
 
 fn stream() -> Stream {
-    Stream::new(Format { events: true, chunked: false }, Vec::new())
+    Stream::new(
+        Format {
+            events: true,
+            chunked: false,
+        },
+        Vec::new(),
+    )
 }
 
 fn decoded(pieces: &[&[u8]]) -> String {
@@ -81,7 +94,10 @@ fn the_contract_s_example() {
     let expected = [
         ("start", r#"{"type":"start","pid":4711}"#),
         ("stdout", r#"{"type":"stdout","out":"total 12\n"}"#),
-        ("stderr", r#"{"type":"stderr","out":"ls: x: No such file or directory\n"}"#),
+        (
+            "stderr",
+            r#"{"type":"stderr","out":"ls: x: No such file or directory\n"}"#,
+        ),
         ("err", r#"{"type":"error","out":"a \"word\""}"#),
         (
             "exit",
@@ -114,7 +130,10 @@ fn invalid_bytes_become_the_browsers_count_of_replacements() {
             b"\xf4\x91\x92\x93\xff\x41\x80\xbf\x42",
             "\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}A\u{fffd}\u{fffd}B",
         ),
-        (b"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41", "\u{fffd}\u{fffd}\u{fffd}\u{fffd}A"),
+        (
+            b"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41",
+            "\u{fffd}\u{fffd}\u{fffd}\u{fffd}A",
+        ),
         (b"\xe2\x82", "\u{fffd}"),
         (b"\xf0\x9f\x98", "\u{fffd}"),
         (b"\xc3\x0a\xc3\xa9", "\u{fffd}\n\u{e9}"),
@@ -163,11 +182,17 @@ fn stdout_and_stderr_carry_apart() {
 
 #[test]
 fn a_batch_is_a_chunk() {
-    let format = Format { events: false, chunked: true };
+    let format = Format {
+        events: false,
+        chunked: true,
+    };
     let mut stream = Stream::new(format, b"head ".to_vec());
     stream.piece(STDOUT, &[b'x'; 300]);
     stream.piece(STDERR, b"y");
-    assert_eq!(stream.take(), [b"head 0012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat());
+    assert_eq!(
+        stream.take(),
+        [b"head 0012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat()
+    );
     stream.comment();
     stream.error("not in plain text");
     stream.piece(STDOUT, b"");
@@ -177,7 +202,13 @@ fn a_batch_is_a_chunk() {
     let mut stream = Stream::new(format, Vec::new());
     stream.exit("killed", ExitStatus::from_raw(15), 0, [0, 0]);
     assert_eq!(stream.take(), b"0\r\nExit-Signal: 15\r\n\r\n");
-    let mut stream = Stream::new(Format { events: true, chunked: true }, Vec::new());
+    let mut stream = Stream::new(
+        Format {
+            events: true,
+            chunked: true,
+        },
+        Vec::new(),
+    );
     stream.piece(STDOUT, b"\xc3");
     assert_eq!(stream.take(), b"");
     stream.comment();
@@ -188,7 +219,9 @@ fn a_batch_is_a_chunk() {
 #[test]
 fn the_search_finds_what_a_plain_one_finds() {
     let must_escape = |&byte: &u8| byte < 0x20 || byte == b'"' || byte == b'\\';
-    let neighbours = [0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff];
+    let neighbours = [
+        0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff,
+    ];
     for length in 0..20 {
         for place in 0..length {
             for (byte, neighbour) in (0..=255).flat_map(|byte| neighbours.map(|each| (byte, each)))

@@ -10,17 +10,27 @@ struct Running(Child, &'static str);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        let _ = Command::new("kill").args(["-s", self.1, &self.0.id().to_string()]).status();
+        let _ = Command::new("kill")
+            .args(["-s", self.1, &self.0.id().to_string()])
+            .status();
         let _ = self.0.wait();
     }
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port()
 }
 
 fn text_of(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap();
+    let output = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -29,16 +39,29 @@ fn proxy(folder: &Folder, program: &str, configuration: &str, port: u16) -> Runn
     let file = folder.write("proxy.conf", configuration);
     let mut command = Command::new(program);
     match program {
-        "nginx" => {
-            command.args(["-p", folder.0.to_str().unwrap(), "-c", &file, "-g", "daemon off;"])
-        }
+        "nginx" => command.args([
+            "-p",
+            folder.0.to_str().unwrap(),
+            "-c",
+            &file,
+            "-g",
+            "daemon off;",
+        ]),
         _ => command.args(["-f", &file, "-db"]),
     };
     // nginx takes its workers along; HAProxy would wait for its connections.
     let signal = if program == "nginx" { "TERM" } else { "KILL" };
-    let running =
-        Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(), signal);
-    wait_for(program, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    let running = Running(
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+        signal,
+    );
+    wait_for(program, || {
+        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
     running
 }
 
@@ -85,7 +108,10 @@ fn streams_and_ends(server: &Server, address: &str, fields: &[&str]) {
 /// Through `address`, where every other instance is full, each client is served all the same.
 fn fails_over(address: &str) {
     for _ in 0..4 {
-        let events = text_of("curl", &["-sN", &format!("http://{address}/run?command=echo+hi")]);
+        let events = text_of(
+            "curl",
+            &["-sN", &format!("http://{address}/run?command=echo+hi")],
+        );
         assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
     }
 }
@@ -96,10 +122,17 @@ fn clients_curl() {
     let server = Server::start(&[]);
     let url = format!("http://{}/run", server.address);
     let events = parse_events(
-        text_of("curl", &["-sN", "--data-urlencode", "command=echo a&b", &url]).as_bytes(),
+        text_of(
+            "curl",
+            &["-sN", "--data-urlencode", "command=echo a&b", &url],
+        )
+        .as_bytes(),
     );
     assert_eq!(
-        (output(&events, "stdout").as_str(), outcome(&events).as_str()),
+        (
+            output(&events, "stdout").as_str(),
+            outcome(&events).as_str()
+        ),
         ("a&b\n", "exited:0")
     );
     let folder = Folder::new();
@@ -142,7 +175,13 @@ fn clients_busybox_and_nc() {
     let server = Server::start(&[]);
     let events = text_of(
         "busybox",
-        &["wget", "-q", "-O", "-", &format!("http://{}/run?command=echo+hi", server.address)],
+        &[
+            "wget",
+            "-q",
+            "-O",
+            "-",
+            &format!("http://{}/run?command=echo+hi", server.address),
+        ],
     );
     assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
     let (host, port) = server.address.split_once(':').unwrap();
@@ -158,7 +197,10 @@ fn clients_busybox_and_nc() {
         .write_all(b"GET /run?command=sh+-c+'sleep+0.5;+echo+late' HTTP/1.0\r\n\r\n")
         .unwrap();
     let output = String::from_utf8(nc.wait_with_output().unwrap().stdout).unwrap();
-    assert!(output.contains("late\\n") && output.contains("event: exit"), "{output}");
+    assert!(
+        output.contains("late\\n") && output.contains("event: exit"),
+        "{output}"
+    );
 }
 
 #[test]
@@ -169,17 +211,27 @@ fn clients_behind_nginx() {
     // As it comes, nginx sends its upstream's name as Host, which rule 1 refuses, unless there is a token.
     let token = folder.write("token", "s3cret");
     let with_token = Server::start(&["--token-file", &token]);
-    let plain = nginx(&folder, port, &format!("server {};", with_token.address), "");
+    let plain = nginx(
+        &folder,
+        port,
+        &format!("server {};", with_token.address),
+        "",
+    );
     streams_and_ends(&with_token, &address, &["Authorization: Bearer s3cret"]);
     drop(plain);
-    let (server, full, port) =
-        (Server::start(&[]), Server::start(&["--max-connections", "1"]), free_port());
+    let (server, full, port) = (
+        Server::start(&[]),
+        Server::start(&["--max-connections", "1"]),
+        free_port(),
+    );
     let address = format!("127.0.0.1:{port}");
     let (_held, _) = full.begin("sleep 1000");
     let location = "proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host localhost; \
         proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 1h; proxy_next_upstream error timeout http_503;";
-    let upstreams =
-        format!("server {} max_fails=0; server {} max_fails=0;", full.address, server.address);
+    let upstreams = format!(
+        "server {} max_fails=0; server {} max_fails=0;",
+        full.address, server.address
+    );
     let _proxy = nginx(&folder, port, &upstreams, location);
     streams_and_ends(&server, &address, &[]);
     fails_over(&address);
@@ -189,7 +241,10 @@ fn clients_behind_nginx() {
 #[ignore = "needs haproxy"]
 fn clients_behind_haproxy() {
     let (folder, port) = (Folder::new(), free_port());
-    let (server, full) = (Server::start(&[]), Server::start(&["--max-connections", "1"]));
+    let (server, full) = (
+        Server::start(&[]),
+        Server::start(&["--max-connections", "1"]),
+    );
     let (_held, _) = full.begin("sleep 1000");
     let backend = format!(
         " http-request set-header Host localhost\n retries 2\n option redispatch 1\n retry-on conn-failure 503\n balance roundrobin\n server a {}\n server b {}\n",

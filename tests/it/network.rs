@@ -72,7 +72,12 @@ fn network_a_dead_peer_is_noticed() {
     let begin = |command: &str| {
         let url = format!("http://{}{}", server.address, run_target(command));
         let mut curl = network.command(1, "curl");
-        Client(curl.args(["-sN", &url]).stdout(Stdio::null()).spawn().unwrap())
+        Client(
+            curl.args(["-sN", &url])
+                .stdout(Stdio::null())
+                .spawn()
+                .unwrap(),
+        )
     };
     let _clients = [begin("sleep 1000"), begin("yes")];
     wait_for("both commands", || server.children().len() == 2);
@@ -86,5 +91,9 @@ fn network_a_dead_peer_is_noticed() {
     assert!(status.success());
     let start = Instant::now();
     commands.into_iter().for_each(is_gone);
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(8),
+        "{:?}",
+        start.elapsed()
+    );
 }

@@ -13,7 +13,11 @@ fn refused(options: &[&str], variable: Option<&str>) -> (i32, String, String) {
     variable.map(|token| command.env("SSECOMMANDER_TOKEN", token));
     let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+    (
+        output.status.code().unwrap(),
+        text(output.stdout),
+        text(output.stderr),
+    )
 }
 
 #[test]
@@ -106,7 +110,12 @@ fn closed_streams_do_not_stop_it() {
     let mut command = Command::new("sh");
     let folder = Folder::new();
     let socket = folder.path("socket");
-    command.args(["-c", "exec \"$0\" --listen \"unix:$1\" >&- 2>&-", BINARY, &socket]);
+    command.args([
+        "-c",
+        "exec \"$0\" --listen \"unix:$1\" >&- 2>&-",
+        BINARY,
+        &socket,
+    ]);
     let mut process = command.spawn().unwrap();
     wait_for("the socket", || UnixStream::connect(&socket).is_ok());
     for _ in 0..3 {
@@ -149,7 +158,10 @@ fn a_unix_socket_is_the_owner_s_alone_and_goes_with_the_server() {
     let socket = folder.path("socket");
     let mut server = start_on_socket(&socket);
     assert_eq!(server.address, socket);
-    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(
+        std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
     let request =
         "GET /run?command=echo+hi HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     assert!(unix_request(&socket, request).contains("\"out\":\"hi\\n\""));
@@ -171,9 +183,19 @@ fn a_hang_up_on_a_unix_socket_kills() {
     let socket = folder.path("socket");
     let server = start_on_socket(&socket);
     let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.write_all(b"GET /run?command=sleep+1000 HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+    stream
+        .write_all(b"GET /run?command=sleep+1000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .unwrap();
     let line = server.logged(&["run peer=unix"]);
-    let pid = line.split("pid=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    let pid = line
+        .split("pid=")
+        .nth(1)
+        .unwrap()
+        .split(' ')
+        .next()
+        .unwrap()
+        .parse()
+        .unwrap();
     drop(stream);
     is_gone(pid);
     server.logged(&["exit peer=unix", "out=gone"]);

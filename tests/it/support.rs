@@ -25,10 +25,15 @@ impl Server {
     }
 
     pub fn start_command(mut command: Command) -> Server {
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(process.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, sink) = (process.stderr.take().unwrap(), log.clone());
         std::thread::spawn(move || {
@@ -38,8 +43,14 @@ impl Server {
         });
         let address = line.trim_end().strip_prefix("ssecommander listening on ");
         let address = address.unwrap_or_else(|| panic!("{line:?}, {}", log.lock().unwrap()));
-        let address = address.trim_start_matches("http://").trim_start_matches("unix:");
-        Server { process, address: address.to_string(), log }
+        let address = address
+            .trim_start_matches("http://")
+            .trim_start_matches("unix:");
+        Server {
+            process,
+            address: address.to_string(),
+            log,
+        }
     }
 
     pub fn log(&self) -> String {
@@ -51,7 +62,9 @@ impl Server {
         let mut found = String::new();
         wait_for(&format!("a log line with {parts:?}"), || {
             let log = self.log();
-            let line = log.lines().find(|line| parts.iter().all(|part| line.contains(part)));
+            let line = log
+                .lines()
+                .find(|line| parts.iter().all(|part| line.contains(part)));
             found = line.unwrap_or_default().to_string();
             !found.is_empty()
         });
@@ -63,12 +76,17 @@ impl Server {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Client { stream: BufReader::new(stream) }
+        Client {
+            stream: BufReader::new(stream),
+        }
     }
 
     /// A GET on a connection of its own.
     pub fn get(&self, target: &str, fields: &str) -> Response {
-        self.send(format!("GET {target} HTTP/1.1\r\nHost: {}\r\n{fields}\r\n", self.address))
+        self.send(format!(
+            "GET {target} HTTP/1.1\r\nHost: {}\r\n{fields}\r\n",
+            self.address
+        ))
     }
 
     /// Whatever `request` is, on a connection of its own.
@@ -134,7 +152,9 @@ impl Server {
         let processes = std::fs::read_dir("/proc")
             .unwrap()
             .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
-        processes.filter(|&pid| stat_field(pid, 1).as_deref() == Some(&parent)).collect()
+        processes
+            .filter(|&pid| stat_field(pid, 1).as_deref() == Some(&parent))
+            .collect()
     }
 
     /// Waits until the server is as it was after its start: no command, no thread, no descriptor more.
@@ -207,7 +227,10 @@ impl Client {
         let mut fields = Vec::new();
         loop {
             let line = self.line();
-            assert!(line.ends_with("\r\n"), "a field line that breaks off: {line:?}");
+            assert!(
+                line.ends_with("\r\n"),
+                "a field line that breaks off: {line:?}"
+            );
             let Some((name, value)) = line.trim_end().split_once(": ") else {
                 assert_eq!(line, "\r\n");
                 return fields;
@@ -290,7 +313,9 @@ impl Client {
     pub fn read_until(&mut self, text: &str) -> String {
         let mut content = String::new();
         while !content.contains(text) {
-            let chunk = self.chunk().unwrap_or_else(|| panic!("cut off after {content:?}"));
+            let chunk = self
+                .chunk()
+                .unwrap_or_else(|| panic!("cut off after {content:?}"));
             assert!(!chunk.is_empty(), "ended after {content:?}");
             content.push_str(&String::from_utf8(chunk).unwrap());
         }
@@ -319,8 +344,11 @@ impl Client {
 
 impl Response {
     pub fn field(&self, name: &str) -> Option<&str> {
-        let mut values =
-            self.fields.iter().filter(|field| field.0 == name).map(|field| field.1.as_str());
+        let mut values = self
+            .fields
+            .iter()
+            .filter(|field| field.0 == name)
+            .map(|field| field.1.as_str());
         let value = values.next();
         assert!(values.next().is_none(), "{name} twice");
         value
@@ -345,9 +373,13 @@ impl Event {
             .split_once(&format!("\"{name}\":"))
             .unwrap_or_else(|| panic!("no {name} in {self:?}"));
         let end = rest.find([',', '}']).unwrap();
-        rest[..end]
-            .parse()
-            .unwrap_or_else(|_| if &rest[..end] == "null" { -1 } else { panic!("{rest}") })
+        rest[..end].parse().unwrap_or_else(|_| {
+            if &rest[..end] == "null" {
+                -1
+            } else {
+                panic!("{rest}")
+            }
+        })
     }
 
     /// The text of the data, where it has no escapes but line ends.
@@ -365,26 +397,44 @@ impl Event {
 /// The events of a stream. Comments are skipped; everything else has to be in the form that the contract shows.
 pub fn parse_events(stream: &[u8]) -> Vec<Event> {
     let text = std::str::from_utf8(stream).unwrap();
-    let text: String = text.split_inclusive('\n').filter(|line| *line != ":\n").collect();
+    let text: String = text
+        .split_inclusive('\n')
+        .filter(|line| *line != ":\n")
+        .collect();
     let blocks = text.split_terminator("\n\n").map(|block| {
         let lines: Vec<&str> = block.split('\n').collect();
-        let [id, event, data] = lines[..] else { panic!("{block:?}") };
-        let value = |line: &str, name| {
-            line.strip_prefix(name).unwrap_or_else(|| panic!("{block:?}")).to_string()
+        let [id, event, data] = lines[..] else {
+            panic!("{block:?}")
         };
-        Event { id: value(id, "id: "), event: value(event, "event: "), data: value(data, "data: ") }
+        let value = |line: &str, name| {
+            line.strip_prefix(name)
+                .unwrap_or_else(|| panic!("{block:?}"))
+                .to_string()
+        };
+        Event {
+            id: value(id, "id: "),
+            event: value(event, "event: "),
+            data: value(data, "data: "),
+        }
     });
     blocks.collect()
 }
 
 /// All that came from one source.
 pub fn output(events: &[Event], source: &str) -> String {
-    events.iter().filter(|event| event.event == source).map(Event::out).collect()
+    events
+        .iter()
+        .filter(|event| event.event == source)
+        .map(Event::out)
+        .collect()
 }
 
 /// `word:number` of the exit event: `exited:0`, `killed:9`.
 pub fn outcome(events: &[Event]) -> String {
-    let exits: Vec<_> = events.iter().filter(|event| event.event == "exit").collect();
+    let exits: Vec<_> = events
+        .iter()
+        .filter(|event| event.event == "exit")
+        .collect();
     assert_eq!(exits.len(), 1, "{events:?}");
     assert_eq!(events.last(), Some(exits[0]));
     let (code, signal) = (exits[0].number("code"), exits[0].number("signal"));
@@ -417,7 +467,11 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 /// The fields of /proc/PID/stat after the name, which is free text: 0 is the state, 1 the parent, 2 the group.
 pub fn stat_field(pid: u32, field: usize) -> Option<String> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.split(' ').nth(field).map(str::to_string)
+    stat.rsplit_once(") ")?
+        .1
+        .split(' ')
+        .nth(field)
+        .map(str::to_string)
 }
 
 /// Whether a process is there and is no zombie.
@@ -430,7 +484,10 @@ pub fn is_gone(pid: u32) {
 }
 
 pub fn signal_process(pid: u32, signal: &str) {
-    let status = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().unwrap();
+    let status = Command::new("kill")
+        .args(["-s", signal, &pid.to_string()])
+        .status()
+        .unwrap();
     assert!(status.success());
 }
 
