@@ -10,40 +10,39 @@ pub fn unix_millis() -> u64 {
 
 /// `2026-11-22T12:00:00.000Z` (RFC 3339), as log lines begin.
 pub fn rfc3339(millis: u64) -> String {
-    let (year, month, day) = civil_date(millis / 86_400_000);
-    let (time, millis) = (time_of_day(millis), millis % 1000);
-    format!("{year:04}-{month:02}-{day:02}T{time}.{millis:03}Z")
+    let (year, month, day, time) = calendar(millis / 1000);
+    format!("{year:04}-{month:02}-{day:02}T{time}.{:03}Z", millis % 1000)
 }
 
 /// `Sun, 22 Nov 2026 12:00:00 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), as the `Date` field has it.
 pub fn imf_fixdate(millis: u64) -> String {
-    let days = millis / 86_400_000;
-    let (year, month, day) = civil_date(days);
+    let (year, month, day, time) = calendar(millis / 1000);
     // 1970 began on a Thursday.
-    let weekday = &"ThuFriSatSunMonTueWed"[days as usize % 7 * 3..][..3];
+    let weekday = &"ThuFriSatSunMonTueWed"[(millis / 86_400_000) as usize % 7 * 3..][..3];
     let month = &"JanFebMarAprMayJunJulAugSepOctNovDec"[month as usize * 3 - 3..][..3];
-    let time = time_of_day(millis);
     format!("{weekday}, {day:02} {month} {year:04} {time} GMT")
 }
 
-fn time_of_day(millis: u64) -> String {
-    let second = millis / 1000;
-    let (hour, minute, second) = (second / 3600 % 24, second / 60 % 60, second % 60);
-    format!("{hour:02}:{minute:02}:{second:02}")
-}
-
-/// Year, month and day of a day counted from 1970-01-01 in the Gregorian calendar.
+/// Year, month and day in the Gregorian calendar, and the time of day, of a second counted from 1970-01-01.
 ///
 /// Years that begin in March have their leap day last, and months whose first days lie on the line (153 m + 2) / 5. Counted from
 /// 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
-fn civil_date(days: u64) -> (u64, u64, u64) {
-    let (era, day) = ((days + 719_468) / 146_097, (days + 719_468) % 146_097);
+fn calendar(seconds: u64) -> (u64, u64, u64, String) {
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let days = seconds / 86_400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
     let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
     let day = day - (365 * year + year / 4 - year / 100);
     let month = (5 * day + 2) / 153;
     let day = day - (153 * month + 2) / 5 + 1;
     let month = if month < 10 { month + 3 } else { month - 9 };
-    (era * 400 + year + u64::from(month <= 2), month, day)
+    let year = era * 400 + year + u64::from(month <= 2);
+    (
+        year,
+        month,
+        day,
+        format!("{hour:02}:{minute:02}:{second:02}"),
+    )
 }
 
 #[cfg(test)]
@@ -100,9 +99,13 @@ mod tests {
     /// Day by day over four centuries, against the calendar's own rule.
     #[test]
     fn every_day_follows_the_last() {
+        let midnight = "00:00:00".to_string();
         let (mut year, mut month, mut day) = (1970, 1, 1);
         for days in 0..146_097 {
-            assert_eq!(civil_date(days), (year, month, day));
+            assert_eq!(
+                calendar(days * 86_400),
+                (year, month, day, midnight.clone())
+            );
             let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
             let last = [
                 31,

@@ -14,75 +14,37 @@ pub struct Config {
 /// and that cannot be had, 0 that saying it was all there was to do.
 pub struct Exit(pub u8, pub String);
 
+type Result<T> = std::result::Result<T, Exit>;
+
 /// The same as in Cargo.toml, which a build by rustc alone does not see.
 pub const VERSION: &str = "0.1.0";
 pub const TOKEN_VARIABLE: &str = "SSECOMMANDER_TOKEN";
 
 const USAGE: &str = include_str!("usage.txt");
 
-const FLAGS: &str = " -h --help -V --version -v --verbose --no-token ";
+/// The options without a value.
+const FLAGS: [&str; 7] = [
+    "-h",
+    "--help",
+    "-V",
+    "--version",
+    "-v",
+    "--verbose",
+    "--no-token",
+];
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
+
+const COMMAND: &str = "a command line";
+const COUNT: &str = "a number from 1";
+const ADDRESS: &str = "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH";
+const ORIGIN: &str = "an origin as browsers send it (https://ops.example), or *";
+const SECONDS: &str = "seconds, 0 to 31536000";
+const SOME_SECONDS: &str = "seconds, above 0 and up to 31536000";
 
 impl Config {
     /// Reads the arguments, without the program's name, and the token's variable.
-    pub fn parse(arguments: Vec<String>, token: Option<String>) -> Result<Config, Exit> {
-        let mut arguments = arguments.into_iter();
-        let mut config = Config::default();
-        let (mut token_file, mut no_token) = (None, false);
-        while let Some(argument) = arguments.next() {
-            let (name, value) = match argument.split_once('=') {
-                Some((name, value)) if name.starts_with("--") => (name, Some(value.to_string())),
-                _ if is_flag(&argument) => (argument.as_str(), None),
-                _ => (argument.as_str(), arguments.next()),
-            };
-            let given = (name, value);
-            let (limits, policy) = (&mut config.limits, &mut config.policy);
-            match name {
-                "-l" | "--listen" => config.address = get(&given, ADDRESS, Address::parse)?,
-                "--allow" => policy.allowed.push(get(&given, COMMAND, command_line)?),
-                "--token-file" => token_file = Some(get(&given, "a path", path)?),
-                "--allow-origin" => policy.origins.push(get(&given, ORIGIN, origin)?),
-                "--max-connections" => config.max_connections = get(&given, COUNT, count)?,
-                "--timeout" => limits.timeout = get(&given, SECONDS, seconds)?,
-                "--grace" => limits.grace = get(&given, SECONDS, seconds)?,
-                "--heartbeat" => limits.heartbeat = get(&given, SOME_SECONDS, some_seconds)?,
-                "--stall" => limits.stall = get(&given, SOME_SECONDS, some_seconds)?,
-                _ if !is_flag(name) => return Err(usage(&["no such option:", name])),
-                _ if given.1.is_some() => return Err(usage(&[name, "takes no value"])),
-                "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
-                "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
-                "--no-token" => no_token = true,
-                _ => limits.verbose = true,
-            }
-        }
-        config.policy.token = read_token(token_file, token)?;
-        if config.policy.token.is_none() && !no_token {
-            config.check_exposure()?;
-        }
-        Ok(config)
-    }
-
-    /// Without a token, only who is on this host may call.
-    fn check_exposure(&self) -> Result<(), Exit> {
-        const REMEDY: &str = "set --token-file, or say --no-token";
-        if self.address.is_exposed() {
-            let why = format!(
-                "{} can be reached from other hosts: {REMEDY}",
-                self.address.name()
-            );
-            return Err(Exit(1, why));
-        }
-        if self.policy.origins.iter().any(|origin| origin == "*") {
-            let why = format!("--allow-origin * lets every web page run commands: {REMEDY}");
-            return Err(Exit(1, why));
-        }
-        Ok(())
-    }
-}
-
-impl Default for Config {
-    fn default() -> Config {
-        Config {
+    pub fn parse(mut args: impl Iterator<Item = String>, token: Option<String>) -> Result<Config> {
+        let mut config = Config {
             address: Address::Tcp((Ipv4Addr::LOCALHOST, 3000).into()),
             policy: Policy::default(),
             limits: Limits {
@@ -93,44 +55,64 @@ impl Default for Config {
                 verbose: false,
             },
             max_connections: 128,
+        };
+        let (limits, policy) = (&mut config.limits, &mut config.policy);
+        let (mut token_file, mut no_token) = (None, false);
+        while let Some(argument) = args.next() {
+            let given = match argument.split_once('=') {
+                Some((name, value)) if name.starts_with("--") => (name, Some(value.to_string())),
+                _ if FLAGS.contains(&argument.as_str()) => (argument.as_str(), None),
+                _ => (argument.as_str(), args.next()),
+            };
+            match given.0 {
+                "-l" | "--listen" => config.address = get(&given, ADDRESS, Address::parse)?,
+                "--allow" => policy.allowed.push(get(&given, COMMAND, command_line)?),
+                "--token-file" => token_file = Some(get(&given, "a path", |it| Some(it.into()))?),
+                "--allow-origin" => policy.origins.push(get(&given, ORIGIN, origin)?),
+                "--max-connections" => config.max_connections = get(&given, COUNT, count)?,
+                "--timeout" => limits.timeout = get(&given, SECONDS, seconds)?,
+                "--grace" => limits.grace = get(&given, SECONDS, seconds)?,
+                "--heartbeat" => limits.heartbeat = get(&given, SOME_SECONDS, some_seconds)?,
+                "--stall" => limits.stall = get(&given, SOME_SECONDS, some_seconds)?,
+                name if !FLAGS.contains(&name) => return Err(wrong(format!("no option {name}"))),
+                name if given.1.is_some() => return Err(wrong(format!("{name} takes no value"))),
+                "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
+                "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
+                "--no-token" => no_token = true,
+                _ => limits.verbose = true,
+            }
         }
+        policy.token = read_token(token_file, token)?;
+        // Without a token, only who is on this host may call.
+        let why = match policy.token.is_none() && !no_token {
+            true if config.address.is_exposed() => "other hosts can reach",
+            true if policy.origins.iter().any(|it| it == "*") => "every web page could call",
+            _ => return Ok(config),
+        };
+        let remedy = "set --token-file, or say --no-token";
+        Err(Exit(1, format!("{why} {}: {remedy}", config.address)))
     }
 }
 
-/// An option's name, and what follows it.
-type Given<'a> = (&'a str, Option<String>);
-
 /// The value after an option, as `parse` understands it; `what` is what it has to be.
-fn get<T>(given: &Given, what: &str, parse: fn(&str) -> Option<T>) -> Result<T, Exit> {
-    let (name, Some(value)) = given else {
-        return Err(usage(&[given.0, "needs", what]));
+fn get<T>(given: &(&str, Option<String>), what: &str, parse: fn(&str) -> Option<T>) -> Result<T> {
+    let (name, value) = (given.0, given.1.as_deref());
+    let is_not = || {
+        wrong(format!(
+            "{name} needs {what}, not {}",
+            value.unwrap_or("nothing")
+        ))
     };
-    parse(value).ok_or_else(|| usage(&[name, value, "is not", what]))
+    value.and_then(parse).ok_or_else(is_not)
 }
 
-const COMMAND: &str = "a command line";
-const COUNT: &str = "a number from 1";
-const ADDRESS: &str = "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH";
-const ORIGIN: &str = "an origin as browsers send it (https://ops.example), or *";
-const SECONDS: &str = "seconds, 0 to 31536000";
-const SOME_SECONDS: &str = "seconds, above 0 and up to 31536000";
-
-fn usage(words: &[&str]) -> Exit {
-    let why = words.join(" ").escape_debug().to_string();
-    Exit(2, why + "; see --help")
-}
-
-fn is_flag(name: &str) -> bool {
-    FLAGS.contains(&format!(" {name} "))
+fn wrong(why: String) -> Exit {
+    Exit(2, why.escape_debug().to_string() + "; see --help")
 }
 
 fn command_line(text: &str) -> Option<Vec<Vec<u8>>> {
-    let words = words::split(text.as_bytes()).ok()?;
-    if words.is_empty() { None } else { Some(words) }
-}
-
-fn path(text: &str) -> Option<String> {
-    Some(text.to_string())
+    let words = words::split(text.as_bytes()).ok();
+    words.filter(|words| !words.is_empty())
 }
 
 fn count(text: &str) -> Option<usize> {
@@ -140,10 +122,10 @@ fn count(text: &str) -> Option<usize> {
 /// Plain decimal seconds, at most a year: no sign, no exponent. What is below a nanosecond is dropped.
 fn seconds(text: &str) -> Option<Duration> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let plain =
-        !text.is_empty() && text != "." && text.chars().all(|c| c.is_ascii_digit() || c == '.');
-    let seconds = format!("0{whole}").parse().ok().filter(|_| plain)?;
+    let digits = whole.to_string() + fraction;
+    let is_plain = !digits.is_empty() && digits.bytes().all(|it| it.is_ascii_digit());
     let nanos = format!("{fraction:0<9}").get(..9)?.parse().ok()?;
+    let seconds = format!("0{whole}").parse().ok().filter(|_| is_plain)?;
     Some(Duration::new(seconds, nanos)).filter(|&time| time <= YEAR)
 }
 
@@ -153,45 +135,42 @@ fn some_seconds(text: &str) -> Option<Duration> {
 
 /// `scheme://host[:port]`, as in the `Origin` field (RFC 6454 section 7), or `*`.
 fn origin(text: &str) -> Option<String> {
-    let (scheme, host) = text.split_once("://").unwrap_or(("", ""));
-    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
-    let good =
-        !scheme.is_empty() && !host.is_empty() && (scheme.to_owned() + host).chars().all(allowed);
-    (good || text == "*").then(|| text.to_string())
+    let is_good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
+    let is_part = |part: &str| !part.is_empty() && part.chars().all(is_good);
+    let parts = text.split_once("://");
+    let is_origin = parts.is_some_and(|(scheme, host)| is_part(scheme) && is_part(host));
+    (is_origin || text == "*").then(|| text.to_string())
 }
 
 /// The token, from where it is given: visible ASCII, as it has to fit a field.
-fn read_token(file: Option<String>, variable: Option<String>) -> Result<Option<String>, Exit> {
+fn read_token(file: Option<String>, variable: Option<String>) -> Result<Option<String>> {
     let (source, content) = match (file, variable) {
         (None, None) => return Ok(None),
-        (None, Some(token)) => (TOKEN_VARIABLE.to_string(), token),
-        (Some(path), None) => {
-            let cannot = |error| Exit(1, format!("--token-file {path}: {error}"));
-            let content = fs::read_to_string(&path).map_err(cannot)?;
-            (format!("--token-file {path}"), content)
-        }
+        (None, Some(token)) => (TOKEN_VARIABLE.to_string(), Ok(token)),
+        (Some(path), None) => (format!("--token-file {path}"), fs::read_to_string(&path)),
         _ => {
-            return Err(usage(&[
-                "--token-file and",
-                TOKEN_VARIABLE,
-                "are both given",
-            ]));
+            return Err(wrong(format!(
+                "--token-file and {TOKEN_VARIABLE} are both given"
+            )));
         }
     };
+    let cannot = |why: String| Exit(1, format!("{source}: {why}"));
+    let content = content.map_err(|error| cannot(error.to_string()))?;
     let token = content.lines().next().unwrap_or("").trim();
-    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-        let why = "the token is empty, or not visible ASCII";
-        return Err(Exit(1, format!("{source}: {why}")));
+    match !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        true => Ok(Some(token.to_string())),
+        false => Err(cannot(
+            "the token is empty, or not visible ASCII".to_string(),
+        )),
     }
-    Ok(Some(token.to_string()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parse(line: &[&str], token: Option<&str>) -> Result<Config, String> {
-        let arguments = line.iter().map(|argument| argument.to_string()).collect();
+    fn parse(line: &[&str], token: Option<&str>) -> std::result::Result<Config, String> {
+        let arguments = line.iter().map(|argument| argument.to_string());
         let parsed = Config::parse(arguments, token.map(str::to_string));
         parsed.map_err(|Exit(status, why)| format!("{status} {why}"))
     }
@@ -220,7 +199,7 @@ mod tests {
                     parse(line, None)
                         .unwrap_or_else(|why| panic!("{why}"))
                         .address
-                        .name(),
+                        .to_string(),
                     expected
                 );
             }

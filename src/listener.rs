@@ -4,66 +4,54 @@
 //! which only the addresses of a Unix one cannot be told. The way not taken, a trait or an enum for the two, is as long as this file.
 
 use crate::sys;
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::{net::UnixListener, net::UnixStream, prelude::*};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, atomic::AtomicBool, atomic::Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
-use std::{fs, io, net};
+use std::{fmt, fs, io, io::ErrorKind};
 
+/// The longest that a read, a write or a wait for a connection blocks in one call, so that each can see what else has happened.
+/// All times are kept to within a tick. A client that is gone may take two of them to tell from one that has only finished sending,
+/// and its command is to be told within half a second.
+pub const TICK: Duration = Duration::from_millis(100);
 /// A burst of clients waits in the backlog; beyond it they would wait a second for their SYN to be sent again.
 const BACKLOG: i32 = 4096;
-/// Heads are small; content passes through in pieces of this size.
-const INPUT_BUFFER: usize = 4 << 10;
 
 /// Where to listen.
 pub enum Address {
-    Tcp(net::SocketAddr),
+    Tcp(SocketAddr),
     Unix(PathBuf),
 }
 
+/// Closes its socket, and removes a Unix one's file, when it is dropped.
 pub struct Listener {
-    pub socket: OwnedFd,
+    socket: TcpListener,
     /// The address, with the port that was taken where 0 was asked for.
     pub name: String,
-    /// A Unix socket's file, by its path, device and inode.
-    file: Option<(PathBuf, u64, u64)>,
+    /// A Unix socket's file, by its path and inode.
+    file: Option<(PathBuf, u64)>,
 }
 
 pub struct Connection {
-    pub socket: net::TcpStream,
+    pub socket: TcpStream,
     /// For the log.
     pub peer: String,
-    /// The address that it came in on; none for a Unix socket.
-    pub local: Option<net::IpAddr>,
+    /// When reads are given up.
+    deadline: Mutex<Instant>,
 }
 
-/// The reading side of a connection. A read fails with `TimedOut` at `deadline`, however many have succeeded before.
-pub struct Input {
-    connection: Arc<Connection>,
-    pub deadline: Option<Instant>,
-    /// Set before [`sys::interrupt`], so that the read fails instead of being taken up again.
-    pub interrupted: Arc<AtomicBool>,
-}
+/// The reading side of a connection. A read fails with `TimedOut` at the deadline, however many have succeeded before, and with another
+/// error when the server ends.
+pub struct Input<'a>(pub &'a Connection);
 
 impl Address {
     /// `IP:PORT`, `[IPv6]:PORT`, `PORT` (on 127.0.0.1) or `unix:PATH`.
     pub fn parse(text: &str) -> Option<Address> {
         match text.strip_prefix("unix:") {
-            Some("") => None,
-            Some(path) => Some(Address::Unix(path.into())),
+            Some(path) => (!path.is_empty()).then(|| Address::Unix(path.into())),
             None if text.contains(':') => text.parse().ok().map(Address::Tcp),
-            None => {
-                let port: u16 = text.parse().ok()?;
-                Some(Address::Tcp((net::Ipv4Addr::LOCALHOST, port).into()))
-            }
-        }
-    }
-
-    /// As the readiness line has it.
-    pub fn name(&self) -> String {
-        match self {
-            Address::Tcp(address) => format!("http://{address}"),
-            Address::Unix(path) => format!("unix:{}", path.display()),
+            None => format!("127.0.0.1:{text}").parse().ok().map(Address::Tcp),
         }
     }
 
@@ -73,109 +61,117 @@ impl Address {
     }
 }
 
+impl fmt::Display for Address {
+    /// As the readiness line has it.
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Address::Tcp(address) => write!(out, "http://{address}"),
+            Address::Unix(path) => write!(out, "unix:{}", path.display()),
+        }
+    }
+}
+
 impl Listener {
     pub fn bind(address: &Address) -> io::Result<Listener> {
-        let mut file = None;
-        let (socket, name) = match address {
+        let (mut name, mut file) = (address.to_string(), None);
+        let socket = match address {
             Address::Tcp(address) => {
-                let socket = net::TcpListener::bind(address)?;
-                let name = Address::Tcp(socket.local_addr()?).name();
-                (OwnedFd::from(socket), name)
+                let socket = TcpListener::bind(address)?;
+                name = Address::Tcp(socket.local_addr()?).to_string();
+                socket
             }
             Address::Unix(path) => {
                 clear_stale(path)?;
-                let socket = sys::with_private_umask(|| UnixListener::bind(path))?;
-                let made = fs::symlink_metadata(path)?;
-                file = Some((path.clone(), made.dev(), made.ino()));
-                (socket.into(), address.name())
+                let before = sys::set_umask(0o177);
+                let socket = UnixListener::bind(path);
+                sys::set_umask(before);
+                let made = fs::symlink_metadata(path);
+                file = made.ok().map(|made| (path.clone(), made.ino()));
+                OwnedFd::from(socket?).into()
             }
         };
         sys::set_backlog(&socket, BACKLOG);
+        socket.set_nonblocking(true)?;
         Ok(Listener { socket, name, file })
     }
 
-    /// The next connection, ready for use: written at once, a write given up after `tick`, a peer that acknowledges nothing for
-    /// `stall` taken for dead.
-    pub fn accept(&self, tick: Duration, stall: Duration) -> io::Result<Connection> {
-        let socket = net::TcpStream::from(sys::accept(&self.socket)?);
-        socket.set_write_timeout(Some(tick))?;
-        let (mut peer, mut local) = ("unix".to_string(), None);
-        if self.file.is_none() {
-            socket.set_nodelay(true)?;
-            sys::set_user_timeout(&socket, stall);
-            peer = socket.peer_addr()?.to_string();
-            local = Some(socket.local_addr()?.ip().to_canonical());
+    /// The next connection, if one comes within `wait`, ready for use: written at once, a peer that acknowledges nothing for `stall`
+    /// taken for dead.
+    pub fn accept(&self, wait: Duration, stall: Duration) -> io::Result<Option<Connection>> {
+        if sys::ready(&self.socket, sys::POLLIN, wait) == 0 {
+            return Ok(None);
         }
-        Ok(Connection {
+        let socket = sys::accept(&self.socket)?;
+        socket.set_read_timeout(Some(TICK))?;
+        socket.set_write_timeout(Some(TICK))?;
+        // A Unix socket has no such options, and no address.
+        let _ = socket.set_nodelay(true);
+        sys::set_user_timeout(&socket, stall);
+        let peer = socket.peer_addr();
+        let peer = peer.map_or("unix".to_string(), |peer| peer.to_string());
+        let deadline = Mutex::new(Instant::now());
+        Ok(Some(Connection {
             socket,
             peer,
-            local,
-        })
+            deadline,
+        }))
     }
 }
 
 impl Drop for Listener {
-    /// Removes the socket's file, if it is still the one that was made.
     fn drop(&mut self) {
-        if let Some((path, device, inode)) = &self.file {
-            let same = |file: fs::Metadata| file.dev() == *device && file.ino() == *inode;
-            if fs::symlink_metadata(path).is_ok_and(same) {
+        if let Some((path, inode)) = &self.file {
+            // Somebody else's by now, perhaps.
+            if fs::symlink_metadata(path).is_ok_and(|file| file.ino() == *inode) {
                 let _ = fs::remove_file(path);
             }
         }
     }
 }
 
-impl Input {
-    pub fn new(connection: Arc<Connection>) -> io::BufReader<Input> {
-        let input = Input {
-            connection,
-            deadline: None,
-            interrupted: Arc::default(),
-        };
-        io::BufReader::with_capacity(INPUT_BUFFER, input)
+impl Connection {
+    /// The address that it came in on; none for a Unix socket.
+    pub fn local(&self) -> Option<IpAddr> {
+        let address = self.socket.local_addr().ok()?;
+        Some(address.ip().to_canonical())
     }
 
     /// Lets reads go on for `time` from now, altogether.
-    pub fn allow(&mut self, time: Duration) {
-        self.deadline = Some(Instant::now() + time);
+    pub fn allow(&self, time: Duration) {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + time;
+    }
+
+    pub fn is_late(&self) -> bool {
+        Instant::now() >= *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl io::Read for Input {
+impl io::Read for Input<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        use io::ErrorKind::{Interrupted, Other, TimedOut, WouldBlock};
-        let mut socket = &self.connection.socket;
-        loop {
-            let left = self
-                .deadline
-                .map(|at| at.saturating_duration_since(Instant::now()));
-            if left == Some(Duration::ZERO) {
-                return Err(TimedOut.into());
-            }
-            if self.interrupted.load(Ordering::SeqCst) {
-                return Err(Other.into());
-            }
-            socket.set_read_timeout(left)?;
-            match socket.read(buffer) {
-                // The deadline may be a moment away yet.
-                Err(error) if matches!(error.kind(), Interrupted | WouldBlock) => {}
+        while !self.0.is_late() {
+            match (&self.0.socket).read(buffer) {
+                Err(error) if is_passing(&error) && sys::signals() == 0 => {}
                 other => return other,
             }
         }
+        Err(ErrorKind::TimedOut.into())
     }
+}
+
+/// Whether a call on a socket only took a tick, or was interrupted: it may be tried again.
+pub fn is_passing(error: &io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
 /// Makes room for a socket: takes away one that a dead server left, and nothing else.
 fn clear_stale(path: &Path) -> io::Result<()> {
-    let Ok(file) = fs::symlink_metadata(path) else {
-        return Ok(());
-    };
-    if !file.file_type().is_socket() {
+    let found = fs::symlink_metadata(path);
+    if found.is_ok_and(|file| !file.file_type().is_socket()) {
         return Err(io::Error::other("there is a file that is no socket"));
     }
     match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
         Ok(_) => Err(io::Error::other("another server answers there")),
     }

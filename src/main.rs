@@ -30,6 +30,7 @@ mod log;
 mod sys;
 
 use config::{Config, Exit, TOKEN_VARIABLE};
+use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -47,23 +48,20 @@ fn main() -> ExitCode {
     ExitCode::from(status)
 }
 
-fn start(token: Option<std::ffi::OsString>) -> Result<(), Exit> {
-    let lossy = |text: std::ffi::OsString| text.to_string_lossy().into_owned();
-    let arguments = std::env::args_os().skip(1).map(lossy).collect();
+fn start(token: Option<OsString>) -> Result<(), Exit> {
+    let lossy = |text: OsString| text.to_string_lossy().into_owned();
+    let arguments = std::env::args_os().skip(1).map(lossy);
     let config = Config::parse(arguments, token.map(lossy))?;
-    let cannot = |error| Exit(1, format!("cannot start the guardian: {error}"));
-    sys::start_guardian(config.max_connections).map_err(cannot)?;
-    let cannot = |error| {
-        Exit(
-            1,
-            format!("cannot listen on {}: {error}", config.address.name()),
-        )
-    };
-    let listener = listener::Listener::bind(&config.address).map_err(cannot)?;
-    log::hide(config.policy.token.as_deref());
-    sys::catch_signals(&listener.socket);
+    let cannot = |what: String| move |error| Exit(1, format!("cannot {what}: {error}"));
+    sys::start_guardian().map_err(cannot("start the guardian".to_string()))?;
+    let listening = listener::Listener::bind(&config.address);
+    let listener = listening.map_err(cannot(format!("listen on {}", config.address)))?;
+    if let Some(token) = &config.policy.token {
+        log::TOKEN.get_or_init(|| token.clone());
+    }
+    sys::count_signals();
     let name = &listener.name;
     log::line(format_args!("listen address={name}"));
     let _ = writeln!(std::io::stdout(), "ssecommander listening on {name}");
-    server::serve(&listener, config).map_err(|error| Exit(1, format!("cannot serve: {error}")))
+    server::serve(listener, config).map_err(cannot("serve".to_string()))
 }

@@ -7,59 +7,53 @@
 
 use crate::clock::unix_millis;
 use std::io::Write as _;
-use std::{borrow::Cow, mem::take, os::unix::prelude::*, process::ExitStatus};
-
-/// Events or plain text, in chunks or up to the end of the connection.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Format {
-    pub events: bool,
-    pub chunked: bool,
-}
+use std::os::unix::process::ExitStatusExt as _;
+use std::{borrow::Cow, fmt::Display, mem::take, process::ExitStatus};
 
 /// What is sent of one command, from the response's head to the last chunk.
+#[derive(Default)]
 pub struct Stream {
-    pub format: Format,
+    /// Events, or plain text.
+    pub events: bool,
+    /// In chunks, or up to the end of the connection.
+    chunked: bool,
+    /// Bytes of output, from stdout and from stderr.
+    pub bytes: [u64; 2],
     pub batch: Vec<u8>,
     /// Where the content of the open chunk begins in the batch.
     chunk: Option<usize>,
     /// The number of the last event.
-    events: u64,
+    last: u64,
     /// Of each source, the beginning of a character whose end is still to come: three bytes at most.
     carried: [Vec<u8>; 2],
 }
 
 /// Where output comes from, in events and as the places of arrays.
 pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
-/// U+FFFD, which stands for bytes that are not UTF-8.
-const REPLACEMENT: &[u8] = "\u{fffd}".as_bytes();
+/// Room for a chunk's size, which is known when the chunk is closed. Leading zeros are allowed.
+const CHUNK_SIZE: &[u8] = b"000000\r\n";
 
 impl Stream {
     /// `head` goes out with the first batch.
-    pub fn new(format: Format, head: Vec<u8>) -> Stream {
-        Stream {
-            format,
-            batch: head,
-            chunk: None,
-            events: 0,
-            carried: Default::default(),
-        }
+    pub fn new(events: bool, chunked: bool, head: Vec<u8>) -> Stream {
+        let mut stream = Stream::default();
+        (stream.events, stream.chunked, stream.batch) = (events, chunked, head);
+        stream
     }
 
     /// The `start` event.
     pub fn start(&mut self, pid: u32) {
-        self.event("start", "start", &format!("\"pid\":{pid}}}"));
+        self.event("start", "start", format_args!("\"pid\":{pid}}}\n\n"));
     }
 
     /// The `err` event, which says in words what went wrong.
     pub fn error(&mut self, why: &str) {
-        let mut text = b"\"out\":\"".to_vec();
-        escape(why.as_bytes(), &mut text);
-        self.event("err", "error", &(String::from_utf8_lossy(&text) + "\"}"));
+        self.text("err", "error", why.as_bytes());
     }
 
     /// The line of silence: a comment. No empty line follows, which some clients take for an event.
     pub fn comment(&mut self) {
-        if self.format.events {
+        if self.events {
             self.open_chunk();
             self.batch.extend_from_slice(b":\n");
         }
@@ -67,119 +61,108 @@ impl Stream {
 
     /// A piece of output from one of [`SOURCES`]: an event, or none where the piece only begins a character.
     pub fn piece(&mut self, source: usize, bytes: &[u8]) {
-        self.open_chunk();
-        if !self.format.events {
+        self.bytes[source] += bytes.len() as u64;
+        if !self.events {
+            self.open_chunk();
             return self.batch.extend_from_slice(bytes);
         }
-        let (before, carried) = (self.batch.len(), take(&mut self.carried[source]));
-        let bytes = if carried.is_empty() {
-            Cow::from(bytes)
-        } else {
-            [&carried, bytes].concat().into()
+        let carried = take(&mut self.carried[source]);
+        let bytes = match carried.is_empty() {
+            true => Cow::from(bytes),
+            false => Cow::from([&carried, bytes].concat()),
         };
-        self.event(SOURCES[source], SOURCES[source], "\"out\":\"");
-        let start = self.batch.len();
-        self.carried[source] = decode(&bytes, &mut self.batch);
-        if self.batch.len() > start {
-            self.batch.extend_from_slice(b"\"}\n\n");
-        } else {
-            self.batch.truncate(before);
-            self.events -= 1;
-        }
+        let (whole, begun) = bytes.split_at(bytes.len() - unfinished(&bytes));
+        self.carried[source] = begun.to_vec();
+        self.text(SOURCES[source], SOURCES[source], whole);
     }
 
     /// The end: characters that were never completed; the `exit` event, or the trailer field; the last chunk. `how` is the word of
-    /// the event's `out`; `bytes` were read from stdout and stderr.
-    pub fn exit(&mut self, how: &str, status: ExitStatus, ms: u128, bytes: [u64; 2]) {
-        for (name, carried) in SOURCES.into_iter().zip(take(&mut self.carried)) {
-            if !carried.is_empty() {
-                self.event(name, name, "\"out\":\"\u{fffd}\"}");
-            }
+    /// the event's `out`.
+    pub fn exit(&mut self, how: &str, status: ExitStatus, ms: u128) {
+        for (name, begun) in SOURCES.into_iter().zip(take(&mut self.carried)) {
+            self.text(name, name, &begun);
         }
         let number = |it: Option<i32>| it.map_or("null".to_string(), |it| it.to_string());
         let (code, signal, [stdout, stderr]) =
-            (number(status.code()), number(status.signal()), bytes);
+            (number(status.code()), number(status.signal()), self.bytes);
         let outcome = format!(r#""out":"{how}","code":{code},"signal":{signal},"ms":{ms}"#);
         let bytes = format!(r#""stdout_bytes":{stdout},"stderr_bytes":{stderr}"#);
-        self.event("exit", "exit", &format!("{outcome},{bytes}}}"));
-        self.close_chunk();
-        if self.format.chunked {
-            let trailer = match status.code() {
-                _ if self.format.events => String::new(),
-                Some(code) => format!("Exit-Code: {code}\r\n"),
-                None => format!("Exit-Signal: {signal}\r\n"),
-            };
-            self.batch
-                .extend_from_slice(format!("0\r\n{trailer}\r\n").as_bytes());
-        }
-    }
-
-    /// What is to be sent; to be given back, so that its room is used again.
-    pub fn take(&mut self) -> Vec<u8> {
-        self.close_chunk();
-        take(&mut self.batch)
-    }
-
-    pub fn give_back(&mut self, mut sent: Vec<u8>) {
-        if self.batch.is_empty() {
-            sent.clear();
-            self.batch = sent;
-        }
-    }
-
-    /// An event of an event stream, or its beginning: data that is not closed by a `}` goes on.
-    fn event(&mut self, event: &str, kind: &str, data: &str) {
-        if self.format.events {
-            self.open_chunk();
-            self.events += 1;
-            let (millis, id, end) = (
-                unix_millis(),
-                self.events,
-                if data.ends_with('}') { "\n\n" } else { "" },
-            );
-            let data = format_args!("data: {{\"type\":\"{kind}\",{data}{end}");
-            // Writing to a Vec does not fail.
-            let _ = write!(self.batch, "id: {millis}-{id}\nevent: {event}\n{data}");
-        }
-    }
-
-    /// A chunk's size is written last, into a place that is kept for it. Leading zeros are allowed.
-    fn open_chunk(&mut self) {
-        if self.format.chunked && self.chunk.is_none() {
-            self.batch.extend_from_slice(b"00000\r\n");
-            self.chunk = Some(self.batch.len());
-        }
-    }
-
-    fn close_chunk(&mut self) {
-        let Some(content) = self.chunk.take() else {
-            return;
+        self.event("exit", "exit", format_args!("{outcome},{bytes}}}\n\n"));
+        self.ready();
+        let end = match status.code() {
+            _ if !self.chunked => String::new(),
+            _ if self.events => "0\r\n\r\n".to_string(),
+            Some(code) => format!("0\r\nExit-Code: {code}\r\n\r\n"),
+            None => format!("0\r\nExit-Signal: {signal}\r\n\r\n"),
         };
-        let size = format!("{:05x}\r\n", self.batch.len() - content);
-        self.batch[content - size.len()..content].copy_from_slice(size.as_bytes());
-        if self.batch.len() > content {
+        self.batch.extend_from_slice(end.as_bytes());
+    }
+
+    /// All that is to be sent, from the first byte that was not cleared.
+    pub fn ready(&mut self) -> &[u8] {
+        if let Some(content) = self.chunk.take() {
+            let size = format!("{:06x}\r\n", self.batch.len() - content);
+            self.batch[content - CHUNK_SIZE.len()..content].copy_from_slice(size.as_bytes());
             self.batch.extend_from_slice(b"\r\n");
-        } else {
-            // A chunk without content would be the last one.
-            self.batch.truncate(content - size.len());
+        }
+        &self.batch
+    }
+
+    /// Forgets what was ready, and keeps its room.
+    pub fn clear(&mut self) {
+        self.batch.clear();
+        self.chunk = None;
+    }
+
+    /// An event whose `out` is `bytes`, if there are any.
+    fn text(&mut self, event: &str, kind: &str, bytes: &[u8]) {
+        if self.events && !bytes.is_empty() {
+            self.event(event, kind, "\"out\":\"");
+            decode(bytes, &mut self.batch);
+            self.batch.extend_from_slice(b"\"}\n\n");
+        }
+    }
+
+    /// An event, or its beginning: what `data` does not close goes on.
+    fn event(&mut self, event: &str, kind: &str, data: impl Display) {
+        if self.events {
+            self.open_chunk();
+            self.last += 1;
+            let id = format_args!("{}-{}", unix_millis(), self.last);
+            let fields = format_args!("id: {id}\nevent: {event}\ndata: ");
+            // Writing to a Vec does not fail.
+            let _ = write!(self.batch, "{fields}{{\"type\":\"{kind}\",{data}");
+        }
+    }
+
+    fn open_chunk(&mut self) {
+        if self.chunked && self.chunk.is_none() {
+            self.batch.extend_from_slice(CHUNK_SIZE);
+            self.chunk = Some(self.batch.len());
         }
     }
 }
 
+/// How many bytes at the end are the beginning of a character.
+fn unfinished(bytes: &[u8]) -> usize {
+    let end = &bytes[bytes.len().saturating_sub(3)..];
+    let begins = |start: &usize| {
+        let error = std::str::from_utf8(&end[*start..]).err();
+        error.is_some_and(|it| it.valid_up_to() == 0 && it.error_len().is_none())
+    };
+    end.len() - (0..end.len()).find(begins).unwrap_or(end.len())
+}
+
 /// Appends `bytes`, decoded (WHATWG Encoding section 8.1.1: one U+FFFD for each maximal part of a character that breaks off, which is
-/// how std counts too) and escaped. Returns the beginning of a character at the end.
-fn decode(mut bytes: &[u8], out: &mut Vec<u8>) -> Vec<u8> {
+/// how std counts too) and escaped.
+fn decode(mut bytes: &[u8], out: &mut Vec<u8>) {
     while let Err(error) = std::str::from_utf8(bytes) {
         let (valid, rest) = bytes.split_at(error.valid_up_to());
         escape(valid, out);
-        let Some(invalid) = error.error_len() else {
-            return rest.to_vec();
-        };
-        out.extend_from_slice(REPLACEMENT);
-        bytes = &rest[invalid..];
+        out.extend_from_slice("\u{fffd}".as_bytes());
+        bytes = &rest[error.error_len().unwrap_or(rest.len())..];
     }
     escape(bytes, out);
-    Vec::new()
 }
 
 /// Appends UTF-8 as the inside of a JSON string (RFC 8259 section 7): `"`, `\` and all below U+0020 escaped, nothing else.
@@ -192,12 +175,9 @@ fn escape(mut text: &[u8], out: &mut Vec<u8>) {
             return;
         };
         text = rest;
-        match b"\n\"\\\t\r\x08\x0c".iter().position(|&each| each == byte) {
+        match b"\n\"\\\t\r\x08\x0c".iter().position(|&it| it == byte) {
             Some(place) => out.extend_from_slice(&[b'\\', b"n\"\\trbf"[place]]),
-            None => {
-                let (high, low) = (hex(byte >> 4), hex(byte & 15));
-                out.extend_from_slice(&[b'\\', b'u', b'0', b'0', high, low]);
-            }
+            None => out.extend([b'\\', b'u', b'0', b'0', hex(byte >> 4), hex(byte & 15)]),
         }
     }
 }
@@ -206,25 +186,22 @@ fn escape(mut text: &[u8], out: &mut Vec<u8>) {
 /// makes vectors of, on lines of text, and the same at every optimisation level.
 fn clean_prefix(text: &[u8]) -> usize {
     const ONES: u64 = u64::MAX / 255;
-    const TOPS: u64 = ONES << 7;
     // A subtraction borrows into a byte's top bit where the byte is below what is taken from it. It may mark bytes after the first such
     // one too, never before it; the first is the lowest.
-    let below = |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word;
-    let marks_of = |word: &[u8]| {
-        let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
-        let quote = word ^ (ONES * u64::from(b'"'));
-        let backslash = word ^ (ONES * u64::from(b'\\'));
-        (below(word, 0x20) | below(quote, 1) | below(backslash, 1)) & TOPS
-    };
-    let mut words = text.chunks_exact(8);
-    for (number, marks) in words.by_ref().map(marks_of).enumerate() {
+    let below = |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word & (ONES << 7);
+    let mut place = 0;
+    while let Some(&word) = text[place..].first_chunk() {
+        let word = u64::from_le_bytes(word);
+        let (quote, backslash) = (word ^ (ONES * 0x22), word ^ (ONES * 0x5c));
+        let marks = below(word, 0x20) | below(quote, 1) | below(backslash, 1);
         if marks != 0 {
-            return number * 8 + marks.trailing_zeros() as usize / 8;
+            return place + marks.trailing_zeros() as usize / 8;
         }
+        place += 8;
     }
-    let rest = words.remainder();
     let must_escape = |&byte: &u8| byte < 0x20 || byte == b'"' || byte == b'\\';
-    text.len() - rest.len() + rest.iter().position(must_escape).unwrap_or(rest.len())
+    let rest = text[place..].iter().position(must_escape);
+    rest.map_or(text.len(), |rest| place + rest)
 }
 
 #[cfg(test)]

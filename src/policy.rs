@@ -3,10 +3,10 @@
 //! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the browser adds, which the
 //! rules look at, and it cannot know a token.
 
-use crate::request::{Answer, Head, Result, form_value};
+use crate::request::{Answer, Head, Result, ensure, form_value};
 use crate::words;
 use Answer::{Bad, Forbidden};
-use std::net::IpAddr;
+use std::{hint::black_box, net::IpAddr};
 
 /// What the options say about callers and commands.
 #[derive(Default)]
@@ -29,133 +29,110 @@ impl Policy {
     /// to this host's address. `local` is the address that the connection came in on; none for a Unix socket.
     pub fn host(&self, head: &Head, local: Option<IpAddr>) -> Result<()> {
         let hosts = head.all("host");
-        if hosts.len() > 1 || (hosts.is_empty() && head.minor > 0) {
-            return Err(Bad("HTTP/1.1 needs exactly one Host"));
-        }
+        let is_one = hosts.len() == 1 || (hosts.is_empty() && head.minor == 0);
+        ensure(is_one, Bad("HTTP/1.1 needs exactly one Host"))?;
         for authority in hosts.into_iter().chain(head.authority.as_deref()) {
             let name = host_name(authority).ok_or(Bad("malformed Host"))?;
-            if self.token.is_none() && !means_here(&name, local) {
-                return Err(Answer::Misdirected);
-            }
+            let is_trusted = self.token.is_some() || means_here(&name, local);
+            ensure(is_trusted, Answer::Misdirected)?;
         }
         Ok(())
     }
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
     pub fn browser(&self, head: &Head) -> Result<()> {
-        let origins = head.all("origin");
-        if !origins.is_empty() {
-            let good = is_own(head, origins[0]) || self.admits_origin(origins[0]);
-            let refusal = Err(Forbidden("origin not allowed"));
-            return if good && origins.len() == 1 {
-                Ok(())
-            } else {
-                refusal
-            };
+        self.foreign_origin(head)?;
+        if !head.all("origin").is_empty() {
+            return Ok(());
         }
         let sites = head.all("sec-fetch-site");
-        if sites
+        let is_own = sites
             .iter()
-            .any(|&site| site != "same-origin" && site != "none")
-        {
-            return Err(Forbidden("another site's page calls (Sec-Fetch-Site)"));
-        }
-        if head.path == "/run" && head.all("sec-fetch-mode").contains(&"navigate") {
-            return Err(Forbidden("a link runs nothing (Sec-Fetch-Mode)"));
-        }
-        let browser = |agent: &&str| agent.starts_with("Mozilla/");
-        let silent = self.token.is_none() && sites.is_empty();
-        if silent && head.all("user-agent").iter().any(browser) {
-            return Err(Forbidden("a browser without Origin and Sec-Fetch-Site"));
-        }
-        Ok(())
+            .all(|site| ["same-origin", "none"].contains(site));
+        ensure(is_own, Forbidden("another site's page (Sec-Fetch-Site)"))?;
+        let navigates = head.path == "/run" && head.all("sec-fetch-mode").contains(&"navigate");
+        ensure(
+            !navigates,
+            Forbidden("a link runs nothing (Sec-Fetch-Mode)"),
+        )?;
+        let agents = head.all("user-agent");
+        let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
+        let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
+        ensure(
+            is_known,
+            Forbidden("a browser without Origin or Sec-Fetch-Site"),
+        )
     }
 
-    /// The one foreign origin, if its pages may read the answer.
-    pub fn foreign_origin<'a>(&self, head: &'a Head) -> Option<&'a str> {
-        let [origin] = head.all("origin")[..] else {
-            return None;
-        };
-        (!is_own(head, origin) && self.admits_origin(origin)).then_some(origin)
+    /// Rule 2: the one foreign origin whose page may call and read the answer; none for the own page, and for who is no page.
+    pub fn foreign_origin<'a>(&self, head: &'a Head) -> Result<Option<&'a str>> {
+        let host = head
+            .authority
+            .as_deref()
+            .or(head.all("host").first().copied());
+        let is_allowed = |origin: &str| self.origins.iter().any(|it| it == origin || it == "*");
+        match head.all("origin")[..] {
+            [] => Ok(None),
+            [origin] if host.is_some() && origin.strip_prefix("http://") == host => Ok(None),
+            [origin] if origin != "null" && origin.is_ascii() && is_allowed(origin) => {
+                Ok(Some(origin))
+            }
+            _ => Err(Forbidden("origin not allowed")),
+        }
     }
 
     /// The bearer token (RFC 6750 section 2.1), compared in a time that does not tell how much of it was right.
     pub fn token(&self, head: &Head) -> Result<()> {
-        let Some(token) = &self.token else {
-            return Ok(());
-        };
-        let [credentials] = head.all("authorization")[..] else {
-            return Err(Answer::Token);
-        };
-        let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
-        let given = given.trim_start();
-        let pairs = token.bytes().zip(given.bytes());
-        let differences = pairs.fold(0, |all, (a, b)| std::hint::black_box(all | (a ^ b)));
-        // The length of a token is no secret.
-        let right = differences == 0 && token.len() == given.len();
-        let bearer = scheme.eq_ignore_ascii_case("bearer");
-        if right && bearer {
-            Ok(())
-        } else {
-            Err(Answer::Token)
-        }
+        let fields = head.all("authorization");
+        let credentials = fields.first().and_then(|it| it.split_once(' '));
+        let (scheme, given) = credentials.unwrap_or_default();
+        let given = given.trim_start_matches(' ');
+        let is_right = self.token.as_ref().is_none_or(|token| {
+            let pairs = token.bytes().zip(given.bytes());
+            let differences = pairs.fold(0, |all, (a, b)| black_box(all | (a ^ b)));
+            // The length of a token is no secret.
+            let is_same = differences == 0 && token.len() == given.len();
+            is_same && fields.len() == 1 && scheme.eq_ignore_ascii_case("bearer")
+        });
+        ensure(is_right, Answer::Token)
     }
 
     /// The one `command` in a query or form, if it may run.
     pub fn command(&self, form: &[u8]) -> Result<Order> {
         let line = form_value(form, b"command")?.ok_or(Bad("no command"))?;
         let words = words::split(&line).map_err(Bad)?;
-        if words.is_empty() {
-            return Err(Bad("command is empty"));
-        }
+        ensure(!words.is_empty(), Bad("command is empty"))?;
         let admits = |pattern: &Vec<Vec<u8>>| match pattern.split_last() {
             Some((last, first)) if last == b"*" => words.starts_with(first),
             _ => words == *pattern,
         };
-        if !self.allowed.is_empty() && !self.allowed.iter().any(admits) {
-            return Err(Forbidden("command not allowed"));
-        }
+        let is_allowed = self.allowed.is_empty() || self.allowed.iter().any(admits);
+        ensure(is_allowed, Forbidden("command not allowed"))?;
         Ok(Order { line, words })
     }
-
-    fn admits_origin(&self, origin: &str) -> bool {
-        let admits = |allowed: &String| allowed == origin || allowed == "*";
-        origin != "null" && origin.is_ascii() && self.origins.iter().any(admits)
-    }
-}
-
-/// Whether `origin` is `http://` and what the head says this server is called.
-fn is_own(head: &Head, origin: &str) -> bool {
-    let hosts = head.all("host");
-    let name = head.authority.as_deref().or(hosts.first().copied());
-    name.is_some() && origin.strip_prefix("http://") == name
 }
 
 /// The host of `host[:port]`, lower case; none where RFC 3986 section 3.2.2 does not have it.
 fn host_name(authority: &str) -> Option<String> {
-    let bracket = authority.rfind(']').unwrap_or(0);
-    let colon = authority[bracket..].find(':').map(|at| bracket + at);
-    let (host, port) = authority.split_at(colon.unwrap_or(authority.len()));
-    let in_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=[]:".contains(c);
-    let good = !host.is_empty()
-        && host.chars().all(in_host)
-        && host.starts_with('[') == host.ends_with(']');
-    (good && port.chars().skip(1).all(|c| c.is_ascii_digit())).then(|| host.to_ascii_lowercase())
+    let (host, port) = match authority.rsplit_once(':') {
+        Some((host, port)) if !port.ends_with(']') => (host, port),
+        _ => (authority, ""),
+    };
+    let literal = host.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
+    let in_name = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=".contains(c);
+    let is_good = |c: char| in_name(c) || (literal.is_some() && c == ':');
+    let is_host = !host.is_empty() && literal.unwrap_or(host).chars().all(is_good);
+    let is_port = port.chars().all(|c| c.is_ascii_digit());
+    (is_host && is_port).then(|| host.to_ascii_lowercase())
 }
 
 /// Whole names and parsed addresses are compared, never beginnings or ends: `127.0.0.1.evil.test` is somebody else's.
 fn means_here(name: &str, local: Option<IpAddr>) -> bool {
-    let v6 = |name: &str| {
-        name.strip_prefix('[')?
-            .strip_suffix(']')?
-            .parse()
-            .ok()
-            .map(IpAddr::V6)
-    };
-    if let Some(address) = v6(name).or(name.parse().ok().map(IpAddr::V4)) {
+    let literal = name.strip_prefix('[').and_then(|it| it.strip_suffix(']'));
+    if let Ok(address) = literal.unwrap_or(name).parse() {
         return local == Some(address);
     }
     let name = name.strip_suffix('.').unwrap_or(name);
-    let here = local.is_none_or(|local| local.is_loopback());
-    here && (name == "localhost" || name.ends_with(".localhost"))
+    let is_loopback = local.is_none_or(|local| local.is_loopback());
+    is_loopback && (name == "localhost" || name.ends_with(".localhost"))
 }

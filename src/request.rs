@@ -3,9 +3,8 @@
 //!
 //! A `Head` is filled in as it is read, so that the log can name the target of one that breaks off.
 
-use crate::output::Format;
-use Answer::{Bad, Malformed};
-use std::io::{BufRead, ErrorKind};
+use Answer::{Bad, HeadTooLarge, Malformed};
+use std::io::{BufRead, BufReader, ErrorKind, Read};
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
 const LONGEST_LINE: usize = 8 << 10;
@@ -14,6 +13,10 @@ const LONGEST_HEAD: usize = 16 << 10;
 const MOST_FIELDS: usize = 100;
 /// The longest line with a chunk's size, extensions included.
 const LONGEST_CHUNK_LINE: usize = 1 << 10;
+/// Heads are small; content passes through in pieces of this size, which a pipe takes at once when it is ready (PIPE_BUF).
+const BUFFER: usize = 4 << 10;
+/// Optional whitespace (RFC 9110 section 5.6.3).
+const OWS: [char; 2] = [' ', '\t'];
 
 /// The request line and the fields.
 #[derive(Default)]
@@ -31,22 +34,15 @@ pub struct Head {
     fields: Vec<(String, String)>,
 }
 
-/// The input at the place in a request's content where it stands (RFC 9112 sections 6 and 7). The next request follows in it.
+/// A connection's input, at a place in a request's content (RFC 9112 sections 6 and 7). The next request follows in it.
 pub struct Content<R> {
-    pub input: R,
+    pub input: BufReader<R>,
     /// Bytes left of the content, or of the current chunk, as far as the client said so.
     pub left: u64,
-    chunks: Chunks,
+    /// A chunk follows when nothing is left of this one.
+    chunked: bool,
     /// `Expect: 100-continue`, and the client has not been told to go on.
     pub awaits_continue: bool,
-}
-
-#[derive(PartialEq)]
-enum Chunks {
-    /// `Content-Length`, or nothing more to come.
-    None,
-    First,
-    Next,
 }
 
 /// Every answer but a command's output. `response` knows the status of each.
@@ -58,7 +54,7 @@ pub enum Answer {
     /// The methods of the path.
     Options(&'static str),
     /// The head of what GET would get.
-    Head(Format),
+    Head,
     /// A reconnect of an event stream that has ended.
     Repeated,
     Late,
@@ -78,14 +74,17 @@ pub enum Answer {
     Method(&'static str),
     UnknownMethod,
     Token,
-    FormTooLarge,
-    /// A command that could not be started, as what would have been its stream, and why.
-    NoProgram(Format, String),
-    CannotRun(Format, String),
+    ContentTooLarge,
+    /// A command that could not be started: the exit status by which a shell says so (XCU 2.8.2), and why.
+    NotStarted(i32, String),
     Busy(&'static str),
 }
 
 pub type Result<T> = std::result::Result<T, Answer>;
+
+pub fn ensure(is_so: bool, otherwise: Answer) -> Result<()> {
+    if is_so { Ok(()) } else { Err(otherwise) }
+}
 
 impl Head {
     /// The values of every field of that name, in order.
@@ -96,9 +95,8 @@ impl Head {
 
     /// Whether one of a list field's elements is `element`, case and parameters aside.
     pub fn lists(&self, name: &str, element: &str) -> bool {
-        let list = self.all(name).join(",");
-        let mut names = list.split(',').filter_map(|each| each.split(';').next());
-        names.any(|name| name.trim().eq_ignore_ascii_case(element))
+        let elements = self.split(name, &[',', ';']);
+        elements.iter().any(|each| each == element)
     }
 
     /// Whether the connection ends with the answer to this (RFC 9112 section 9.3).
@@ -106,63 +104,63 @@ impl Head {
         self.minor == 0 || self.lists("connection", "close")
     }
 
+    /// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
+    pub fn wants_events(&self) -> bool {
+        self.lists("accept", "text/event-stream") || !self.lists("accept", "text/plain")
+    }
+
+    /// The parts of a field's values, in lower case.
+    fn split(&self, name: &str, separators: &[char]) -> Vec<String> {
+        let values = self.all(name);
+        let parts = values.iter().flat_map(|value| value.split(separators));
+        let parts = parts.map(|part| part.trim_matches(OWS));
+        parts.map(str::to_ascii_lowercase).collect()
+    }
+
     /// RFC 9112 section 3.
-    fn parse_line(line: &str) -> Result<Head> {
+    fn parse_line(&mut self, line: &str) -> Result<()> {
         let parts: Vec<&str> = line.split(' ').collect();
         let [method, target, version] = parts[..] else {
             return Err(MALFORMED_LINE);
         };
-        let visible = |c: char| c.is_ascii_graphic();
-        if !is_token(method) || target.is_empty() || !target.chars().all(visible) {
-            return Err(MALFORMED_LINE);
-        }
-        let minor = match version.strip_prefix("HTTP/").map(str::as_bytes) {
+        let is_visible = target.bytes().all(|byte| byte.is_ascii_graphic());
+        ensure(is_token(method) && is_visible, MALFORMED_LINE)?;
+        self.minor = match version.strip_prefix("HTTP/").map(str::as_bytes) {
             Some([b'1', b'.', minor @ b'0'..=b'9']) => minor - b'0',
             Some([b'0'..=b'9', b'.', b'0'..=b'9']) => return Err(Answer::Version),
             _ => return Err(MALFORMED_LINE),
         };
-        let (authority, rest) = split_absolute(target);
+        let prefix = target.get(..7).unwrap_or_default();
+        let is_absolute = prefix.eq_ignore_ascii_case("http://");
+        let rest = if is_absolute { &target[7..] } else { target };
+        let (authority, rest) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let path = match (path, method) {
-            _ if path.starts_with('/') => path,
-            ("*", "OPTIONS") | (_, "CONNECT") => "*",
-            ("", "OPTIONS") if rest.is_empty() => "*",
-            ("", _) => "/",
+        let path = match (is_absolute, authority, method) {
+            (true, _, "OPTIONS") | (false, "*", "OPTIONS") if rest.is_empty() => "*",
+            (false, _, "CONNECT") if rest.is_empty() => "*",
+            (true, ..) if path.is_empty() => "/",
+            (true, ..) | (false, "", _) if path.starts_with('/') => path,
             _ => return Err(MALFORMED_LINE),
         };
-        let [method, target, path, query] = [method, target, path, query].map(str::to_string);
-        let authority = authority.map(str::to_string);
-        Ok(Head {
-            method,
-            target,
-            authority,
-            path,
-            query,
-            minor,
-            fields: Vec::new(),
-        })
+        self.authority = is_absolute.then(|| authority.to_string());
+        let owned = [method, target, path, query].map(str::to_string);
+        [self.method, self.target, self.path, self.query] = owned;
+        Ok(())
     }
 }
 
 const MALFORMED_LINE: Answer = Malformed("malformed request line");
+const MALFORMED_FIELD: Answer = Malformed("malformed field");
+const MALFORMED_CHUNK: Answer = Malformed("malformed chunk or transfer coding");
+const BREAKS_OFF: Answer = Malformed("request breaks off");
 
-/// The authority of an absolute-form target, and what follows it (RFC 9112 section 3.2).
-fn split_absolute(target: &str) -> (Option<&str>, &str) {
-    match target.split_once("://") {
-        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("http") => {
-            let end = rest.find(['/', '?']).unwrap_or(rest.len());
-            (Some(&rest[..end]), &rest[end..])
-        }
-        _ => (None, target),
-    }
-}
-
-impl<R: BufRead> Content<R> {
+impl<R: Read> Content<R> {
     pub fn new(input: R) -> Content<R> {
+        let input = BufReader::with_capacity(BUFFER, input);
         Content {
             input,
             left: 0,
-            chunks: Chunks::None,
+            chunked: false,
             awaits_continue: false,
         }
     }
@@ -170,7 +168,7 @@ impl<R: BufRead> Content<R> {
     /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
     /// section 2.2); the connection's end there is `Gone`.
     pub fn read_head(&mut self, head: &mut Head) -> Result<()> {
-        let end = |answer| {
+        let gone = |answer| {
             if answer == BREAKS_OFF {
                 Answer::Gone
             } else {
@@ -180,11 +178,11 @@ impl<R: BufRead> Content<R> {
         let mut line = String::new();
         for _ in 0..2 {
             if line.is_empty() {
-                fill(&mut self.input).map_err(end)?;
+                fill(&mut self.input).map_err(gone)?;
                 line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
             }
         }
-        *head = Head::parse_line(&line)?;
+        head.parse_line(&line)?;
         head.fields = self.fields(LONGEST_HEAD - line.len() - 2)?;
         self.set_framing(head)
     }
@@ -192,121 +190,113 @@ impl<R: BufRead> Content<R> {
     /// How the content is delimited, if there is any (RFC 9112 section 6.3), and what the client expects of the server before it sends
     /// it (RFC 9110 section 10.1.1).
     fn set_framing(&mut self, head: &Head) -> Result<()> {
-        let old = head.minor == 0;
+        let is_old = head.minor == 0;
         let lengths = head.all("content-length");
-        let codings = head.all("transfer-encoding").join(",").to_ascii_lowercase();
-        let codings: Vec<&str> = codings.split(',').map(str::trim).collect();
-        self.left = match (&lengths[..], &codings[..]) {
-            ([], _) => 0,
-            ([length], [""]) => decimal(length).ok_or(Malformed("malformed Content-Length"))?,
-            (_, [""]) => return Err(Malformed("more than one Content-Length")),
-            _ => return Err(Malformed("both Content-Length and Transfer-Encoding")),
-        };
-        self.chunks = match codings.split_last() {
-            Some((&"", [])) => Chunks::None,
-            _ if old => return Err(Malformed("Transfer-Encoding in HTTP/1.0")),
-            Some((&"chunked", [])) => Chunks::First,
-            // The content would go on after its own end.
-            Some((_, first)) if first.contains(&"chunked") => return Err(MALFORMED_CHUNK),
-            _ => return Err(Answer::Coding),
-        };
-        let expected = head.all("expect");
-        let met = |each: &&str| each.eq_ignore_ascii_case("100-continue");
-        self.awaits_continue = !old && !expected.is_empty();
-        let good = old || expected.iter().all(met);
-        if good {
-            Ok(())
-        } else {
-            Err(Answer::Expectation)
+        ensure(lengths.len() < 2, Malformed("more than one Content-Length"))?;
+        let length = lengths.first().map_or(Some(0), |length| number(length, 10));
+        self.left = length.ok_or(Malformed("malformed Content-Length"))?;
+        let codings = head.split("transfer-encoding", &[',']);
+        self.chunked = !codings.is_empty();
+        if self.chunked {
+            ensure(!is_old, Malformed("Transfer-Encoding in HTTP/1.0"))?;
+            ensure(lengths.is_empty(), Malformed("two lengths of the content"))?;
+            let end = codings.iter().position(|coding| coding == "chunked");
+            // Where another follows, the content would go on after its own end.
+            ensure(
+                end.is_none_or(|end| end + 1 == codings.len()),
+                MALFORMED_CHUNK,
+            )?;
+            ensure(codings == ["chunked"], Answer::Coding)?;
+            // A chunk that has come with the head is looked at before anything is started.
+            if !self.input.buffer().is_empty() {
+                self.next_chunk()?;
+            }
         }
+        let expected = head.split("expect", &[',']);
+        self.awaits_continue = !is_old && !expected.is_empty();
+        let is_met = expected.iter().all(|each| each == "100-continue");
+        ensure(is_old || is_met, Answer::Expectation)
     }
 
     pub fn is_at_end(&self) -> bool {
-        self.left == 0 && self.chunks == Chunks::None
+        self.left == 0 && !self.chunked
     }
 
-    /// Whether what has come by now, `buffered`, shows that the content is malformed: a chunk's size that is none.
-    pub fn begins_malformed(&self, buffered: &[u8]) -> bool {
-        let end = buffered.windows(2).position(|pair| pair == b"\r\n");
-        let line = end.map(|end| latin1(&buffered[..end]));
-        self.chunks == Chunks::First && line.is_some_and(|line| chunk_size(&line).is_none())
-    }
-
-    /// The next piece of content, to be taken by [`Content::take`]; empty at its end.
-    pub fn piece(&mut self) -> Result<&[u8]> {
-        if self.left == 0 && self.chunks != Chunks::None {
-            self.next_chunk()?;
+    /// Reads the content to its end and passes it on, piece by piece. More than `room` bytes are too many, at once where the client
+    /// says so beforehand.
+    pub fn read(&mut self, mut room: u64, mut pass_on: impl FnMut(&[u8])) -> Result<()> {
+        while !self.is_at_end() {
+            if self.left == 0 {
+                self.next_chunk()?;
+                continue;
+            }
+            ensure(self.left <= room, Answer::ContentTooLarge)?;
+            let piece = fill(&mut self.input)?;
+            let length = self.left.min(piece.len() as u64);
+            pass_on(&piece[..length as usize]);
+            self.input.consume(length as usize);
+            self.left -= length;
+            room -= length;
+            if self.left == 0 && self.chunked {
+                self.chunk_line(0)?;
+                self.left = 0;
+            }
         }
-        let left = usize::try_from(self.left).unwrap_or(usize::MAX);
-        match left {
-            0 => Ok(&[]),
-            _ => fill(&mut self.input).map(|piece| &piece[..piece.len().min(left)]),
-        }
-    }
-
-    /// Takes `length` bytes of the piece that [`Content::piece`] showed.
-    pub fn take(&mut self, length: usize) {
-        self.input.consume(length);
-        self.left -= length as u64;
+        Ok(())
     }
 
     /// RFC 9112 section 7.1. Extensions and trailer fields are read and ignored.
     fn next_chunk(&mut self) -> Result<()> {
-        if self.chunks == Chunks::Next {
-            self.line(0, MALFORMED_CHUNK)?;
-        }
-        let line = self.line(LONGEST_CHUNK_LINE, MALFORMED_CHUNK)?;
-        self.left = chunk_size(&line).ok_or(MALFORMED_CHUNK)?;
-        self.chunks = Chunks::Next;
+        let line = self.chunk_line(LONGEST_CHUNK_LINE)?;
+        let (size, extensions) = line.split_once(';').unwrap_or((&line, ""));
+        ensure(is_text(extensions), MALFORMED_CHUNK)?;
+        self.left = number(size.trim_end_matches(OWS), 16).ok_or(MALFORMED_CHUNK)?;
         if self.left == 0 {
             self.fields(LONGEST_HEAD).map_err(|_| MALFORMED_CHUNK)?;
-            self.chunks = Chunks::None;
+            self.chunked = false;
         }
         Ok(())
+    }
+
+    /// A line between chunks. Content in which one is malformed has no end.
+    fn chunk_line(&mut self, limit: usize) -> Result<String> {
+        self.left = u64::MAX;
+        self.line(limit, MALFORMED_CHUNK)
     }
 
     /// Field lines up to the empty line (RFC 9112 section 5): no space before the colon, no line folding, no controls.
     fn fields(&mut self, mut room: usize) -> Result<Vec<(String, String)>> {
         let mut fields = Vec::new();
         loop {
-            room = room.checked_sub(2).ok_or(Answer::HeadTooLarge)?;
-            let line = self.line(room, Answer::HeadTooLarge)?;
-            room -= line.len();
-            match line.split_once(':') {
-                _ if line.is_empty() => return Ok(fields),
-                _ if fields.len() == MOST_FIELDS => return Err(Answer::HeadTooLarge),
-                Some((name, value)) if is_token(name) && is_text(value) => {
-                    let value = value.trim_matches([' ', '\t']);
-                    fields.push((name.to_ascii_lowercase(), value.to_string()));
-                }
-                _ => return Err(Malformed("malformed field")),
+            room = room.checked_sub(2).ok_or(HeadTooLarge)?;
+            let line = self.line(room, HeadTooLarge)?;
+            room -= line.chars().count();
+            if line.is_empty() {
+                return Ok(fields);
             }
+            ensure(fields.len() < MOST_FIELDS, HeadTooLarge)?;
+            let (name, value) = line.split_once(':').ok_or(MALFORMED_FIELD)?;
+            ensure(is_token(name) && is_text(value), MALFORMED_FIELD)?;
+            let value = value.trim_matches(OWS).to_string();
+            fields.push((name.to_ascii_lowercase(), value));
         }
     }
 
-    /// A line without its CRLF; `too_long` when more than `limit` bytes come before that.
+    /// A line without its CRLF, each byte as the character of that number; `too_long` when more than `limit` bytes come before that.
     fn line(&mut self, limit: usize, too_long: Answer) -> Result<String> {
         let mut line = Vec::new();
         loop {
-            let available = fill(&mut self.input)?;
-            let end = available.iter().position(|&byte| byte == b'\n');
-            // The CRLF may follow a line of full length.
-            let taken = end.map_or(available.len(), |end| end + 1);
-            let taken = taken.min(limit + 2 - line.len());
-            line.extend_from_slice(&available[..taken]);
-            self.input.consume(taken);
-            match line.iter().position(|byte| b"\r\n".contains(byte)) {
-                Some(cr) if line[cr..] == *b"\r\n" => return Ok(latin1(&line[..cr])),
-                Some(cr) if line[cr..] != *b"\r" => return Err(Malformed("bare CR or LF")),
-                _ if line.len() == limit + 2 => return Err(too_long),
-                _ => {}
+            let byte = fill(&mut self.input)?[0];
+            self.input.consume(1);
+            match (line.last(), byte) {
+                (Some('\r'), b'\n') => return Ok(line[..line.len() - 1].iter().collect()),
+                (Some('\r'), _) | (_, b'\n') => return Err(Malformed("bare CR or LF")),
+                _ if line.len() == limit && byte != b'\r' => return Err(too_long),
+                _ => line.push(char::from(byte)),
             }
         }
     }
 }
-
-const MALFORMED_CHUNK: Answer = Malformed("malformed chunk or transfer coding");
-const BREAKS_OFF: Answer = Malformed("request breaks off");
 
 /// The one value of `name` in `application/x-www-form-urlencoded` (WHATWG URL section 5.1, but a broken percent-escape is refused).
 /// Names that do not decode are nobody's.
@@ -317,55 +307,41 @@ pub fn form_value(form: &[u8], name: &[u8]) -> Result<Option<Vec<u8>>> {
         let mut half = || percent_decode(halves.next().unwrap_or_default());
         if half().as_deref() == Some(name) {
             let value = half().ok_or(Bad("malformed percent-escape in command"))?;
-            if found.replace(value).is_some() {
-                return Err(Bad("more than one command"));
-            }
+            ensure(found.replace(value).is_none(), Bad("more than one command"))?;
         }
     }
     Ok(found)
 }
 
 fn percent_decode(text: &[u8]) -> Option<Vec<u8>> {
-    let hex = |digit: u8| char::from(digit).to_digit(16);
     let mut decoded = Vec::with_capacity(text.len());
     let mut bytes = text.iter();
     while let Some(&byte) = bytes.next() {
+        let mut digit = || char::from(*bytes.next()?).to_digit(16);
         decoded.push(match byte {
             b'+' => b' ',
-            b'%' => (hex(*bytes.next()?)? << 4 | hex(*bytes.next()?)?) as u8,
+            b'%' => (digit()? << 4 | digit()?) as u8,
             other => other,
         });
     }
     Some(decoded)
 }
 
-fn decimal(digits: &str) -> Option<u64> {
-    let plain = digits.bytes().all(|byte| byte.is_ascii_digit());
-    digits.parse().ok().filter(|_| plain)
-}
-
-/// `1*HEXDIG`, then perhaps extensions.
-fn chunk_size(line: &str) -> Option<u64> {
-    let extended = line.split_once(';');
-    let (digits, extension) = extended.map_or((line, ""), |(size, rest)| (size.trim_end(), rest));
-    let plain = digits.bytes().all(|byte| byte.is_ascii_hexdigit()) && is_text(extension);
-    u64::from_str_radix(digits, 16).ok().filter(|_| plain)
+/// Digits alone: no sign, as std has it.
+fn number(digits: &str, radix: u32) -> Option<u64> {
+    let is_plain = digits.chars().all(|digit| digit.is_digit(radix));
+    u64::from_str_radix(digits, radix).ok().filter(|_| is_plain)
 }
 
 /// RFC 9110 section 5.6.2.
 fn is_token(text: &str) -> bool {
-    let good = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
-    !text.is_empty() && text.chars().all(good)
+    let is_good = |c: char| c.is_ascii_alphanumeric() || "!#$%&'*+-.^_`|~".contains(c);
+    !text.is_empty() && text.chars().all(is_good)
 }
 
 /// No controls but the tab (RFC 9110 section 5.5).
 fn is_text(text: &str) -> bool {
     text.chars().all(|c| c == '\t' || !c.is_ascii_control())
-}
-
-/// Each byte as the character of that number.
-fn latin1(bytes: &[u8]) -> String {
-    bytes.iter().map(|&byte| char::from(byte)).collect()
 }
 
 /// What there is to read, once there is something; the end is too early.

@@ -1,20 +1,7 @@
 //! Responses as bytes, and the one place where an answer becomes a status.
 
-use crate::clock;
-use crate::output::{Format, Stream};
-use crate::request::Answer;
-use std::os::unix::prelude::*;
-use std::process::ExitStatus;
-
-/// How a request is answered, whatever the answer is.
-pub struct Manner<'a> {
-    /// The connection ends with the answer.
-    pub close: bool,
-    /// HEAD: no content follows.
-    pub head_only: bool,
-    /// The allowed origin of another site's page, which may then read the answer.
-    pub foreign_origin: Option<&'a str>,
-}
+use crate::{clock, output::Stream, request::Answer, request::Head};
+use std::{os::unix::process::ExitStatusExt, process::ExitStatus};
 
 pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 
@@ -22,8 +9,8 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 pub const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
 pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 
-const PLAIN: &str = "text/plain; charset=utf-8";
 const PAGE: &[u8] = include_bytes!("console.html");
+const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
 /// Never an old page after an upgrade; nothing but this very script and style, and this server to talk to.
 const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
@@ -37,112 +24,119 @@ const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
 const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
     Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n";
 
+/// To whom and how a request is answered, whatever the answer is.
+pub struct Manner<'a> {
+    pub head: &'a Head,
+    /// The allowed origin of another site's page, which may then read the answer.
+    pub origin: Option<&'a str>,
+    /// The connection ends with the answer.
+    pub close: bool,
+}
+
 impl Manner<'_> {
     pub fn render(&self, answer: &Answer) -> Vec<u8> {
         let (status, why) = explain(answer);
-        let fields = match answer {
+        let field = match answer {
             Answer::Page => return self.whole(status, PAGE_FIELDS, PAGE),
-            Answer::Head(format) => return self.stream(*format),
-            Answer::NoProgram(format, why) if format.events => {
-                return self.failed(*format, 127, why);
-            }
-            Answer::CannotRun(format, why) if format.events => {
-                return self.failed(*format, 126, why);
+            Answer::Head => return self.stream(),
+            Answer::NotStarted(code, why) if self.head.wants_events() => {
+                let mut stream = Stream::new(true, self.head.minor > 0, self.stream());
+                stream.error(why);
+                stream.exit("failed", ExitStatus::from_raw(code << 8), 0);
+                return stream.ready().to_vec();
             }
             Answer::Options(methods) => {
-                let preflight = self.foreign_origin.map_or("", |_| PREFLIGHT_FIELDS);
-                return self.head(status, &format!("Allow: {methods}\r\n{preflight}"));
+                let preflight = self.origin.map_or("", |_| PREFLIGHT_FIELDS);
+                return self.start(status, &format!("Allow: {methods}\r\n{preflight}"));
             }
-            Answer::Repeated => return self.head(status, ""),
+            Answer::Repeated => return self.start(status, ""),
             Answer::Method(methods) => format!("Allow: {methods}\r\n"),
             Answer::Token => "WWW-Authenticate: Bearer\r\n".to_string(),
             Answer::Busy(_) => "Retry-After: 1\r\n".to_string(),
             _ => String::new(),
         };
-        let fields = format!("{fields}Content-Type: {PLAIN}\r\n");
-        self.whole(status, &fields, format!("{why}\n").as_bytes())
+        self.whole(status, &(field + PLAIN), format!("{why}\n").as_bytes())
     }
 
     /// The head of a command's output.
-    pub fn stream(&self, format: Format) -> Vec<u8> {
-        let (media_type, trailer) = match format.events {
-            true => ("text/event-stream", ""),
-            false => (PLAIN, "Trailer: Exit-Code, Exit-Signal\r\n"),
+    pub fn stream(&self) -> Vec<u8> {
+        let is_events = self.head.wants_events();
+        let media_type = if is_events {
+            "Content-Type: text/event-stream\r\n"
+        } else {
+            PLAIN
         };
-        let mut fields = format!("Content-Type: {media_type}\r\nCache-Control: no-cache\r\n");
         let stays = if self.close {
             ""
         } else {
             "Connection: keep-alive\r\n"
         };
-        fields = fields + stays + "X-Accel-Buffering: no\r\n";
-        if format.chunked {
-            fields = fields + "Transfer-Encoding: chunked\r\n" + trailer;
+        let mut fields = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
+        fields += "X-Accel-Buffering: no\r\n";
+        if self.head.minor > 0 {
+            fields += "Transfer-Encoding: chunked\r\n";
+            fields += if is_events {
+                ""
+            } else {
+                "Trailer: Exit-Code, Exit-Signal\r\n"
+            };
         }
-        self.head("200 OK", &fields)
-    }
-
-    /// The stream of a command that could not be started, with the exit status by which a shell says so (XCU 2.8.2).
-    fn failed(&self, format: Format, code: i32, why: &str) -> Vec<u8> {
-        let mut stream = Stream::new(format, self.stream(format));
-        stream.error(why);
-        stream.exit("failed", ExitStatus::from_raw(code << 8), 0, [0, 0]);
-        stream.take()
+        self.start("200 OK", &fields)
     }
 
     fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
         let length = content.len();
-        let mut whole = self.head(status, &format!("{fields}Content-Length: {length}\r\n"));
-        whole.extend_from_slice(if self.head_only { b"" } else { content });
+        let mut whole = self.start(status, &format!("{fields}Content-Length: {length}\r\n"));
+        if self.head.method != "HEAD" {
+            whole.extend_from_slice(content);
+        }
         whole
     }
 
-    fn head(&self, status: &str, fields: &str) -> Vec<u8> {
+    /// The status line and the fields, with those that every response has.
+    fn start(&self, status: &str, fields: &str) -> Vec<u8> {
         let date = clock::imf_fixdate(clock::unix_millis());
-        let mut head = format!("HTTP/1.1 {status}\r\nDate: {date}\r\n{fields}");
-        head += "X-Content-Type-Options: nosniff\r\n";
-        if let Some(origin) = self.foreign_origin {
-            head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
+        let mut start = format!("HTTP/1.1 {status}\r\nDate: {date}\r\n{fields}");
+        start += "X-Content-Type-Options: nosniff\r\n";
+        if let Some(origin) = self.origin {
+            start += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
         }
-        let close = if self.close {
-            "Connection: close\r\n"
+        start += if self.close {
+            "Connection: close\r\n\r\n"
         } else {
-            ""
+            "\r\n"
         };
-        (head + close + "\r\n").into_bytes()
+        start.into_bytes()
     }
 }
 
 /// Whether the connection ends with this answer: what follows cannot be understood, or there is no place even for this one.
 pub fn ends_connection(answer: &Answer) -> bool {
     use Answer::*;
-    let too_much = matches!(answer, LineTooLong | HeadTooLarge | Busy(_));
-    too_much || matches!(answer, Late | Malformed(_) | Version | Coding)
+    let is_unclear = matches!(answer, Late | Malformed(_) | Version | Coding);
+    is_unclear || matches!(answer, LineTooLong | HeadTooLarge | Busy(_))
 }
 
 /// The status, and the words for the client and the log.
 pub fn explain(answer: &Answer) -> (&'static str, &str) {
     use Answer::*;
     match answer {
-        Page | Head(_) | Gone => ("200 OK", ""),
+        Page | Head | Gone => ("200 OK", ""),
         Options(_) => ("204 No Content", ""),
         Repeated => ("204 No Content", "a reconnect runs nothing again"),
         Malformed(why) | Bad(why) => ("400 Bad Request", why),
         Token => ("401 Unauthorized", "token missing or wrong"),
         Forbidden(why) => ("403 Forbidden", why),
-        CannotRun(_, why) => ("403 Forbidden", why),
-        NoProgram(_, why) => ("404 Not Found", why),
+        NotStarted(127, why) => ("404 Not Found", why),
+        NotStarted(_, why) => ("403 Forbidden", why),
         NoSuchPath => ("404 Not Found", "no such path: there are / and /run"),
         Method(_) => ("405 Method Not Allowed", "method not for this path"),
         Late => ("408 Request Timeout", "request did not arrive in time"),
-        FormTooLarge => ("413 Content Too Large", "form over 64 KiB"),
+        ContentTooLarge => ("413 Content Too Large", "form over 64 KiB"),
         LineTooLong => ("414 URI Too Long", "request line over 8 KiB"),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
         Misdirected => ("421 Misdirected Request", "Host is not this address"),
-        HeadTooLarge => (
-            "431 Request Header Fields Too Large",
-            "head over 16 KiB or 100 fields",
-        ),
+        HeadTooLarge => ("431 Request Header Fields Too Large", "head over 16 KiB"),
         Coding => ("501 Not Implemented", "transfer coding not implemented"),
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
         Busy(why) => ("503 Service Unavailable", why),

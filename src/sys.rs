@@ -4,37 +4,36 @@
 //! numbers are the common ones; elsewhere the program does not compile rather than misbehave.
 
 use std::ffi::{c_int, c_long, c_short, c_uint, c_ulong, c_void};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::prelude::*;
-use std::sync::{OnceLock, atomic::AtomicI32, atomic::AtomicU32, atomic::Ordering::SeqCst};
-use std::{io, net, ptr, thread, time};
+use std::sync::{OnceLock, atomic::AtomicU32, atomic::Ordering::SeqCst};
+use std::{fs::File, io, io::Read, ptr, time::Duration};
 
-#[cfg(any(target_arch = "mips", target_arch = "mips64"))]
-compile_error!("Linux on MIPS numbers signals and socket options in its own way");
-#[cfg(any(target_arch = "mips32r6", target_arch = "mips64r6"))]
-compile_error!("Linux on MIPS numbers signals and socket options in its own way");
-#[cfg(any(target_arch = "sparc", target_arch = "sparc64"))]
-compile_error!("Linux on SPARC numbers signals and poll's events in its own way");
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
+#[cfg(any(target_arch = "mips", target_arch = "mips32r6", target_arch = "sparc"))]
+compile_error!("this Linux numbers signals, socket options and poll's events in its own way");
+#[cfg(any(
+    target_arch = "mips64",
+    target_arch = "mips64r6",
+    target_arch = "sparc64"
+))]
+compile_error!("this Linux numbers signals, socket options and poll's events in its own way");
 
 pub const SIGKILL: c_int = 9;
 pub const SIGTERM: c_int = 15;
 pub const SIGCONT: c_int = 18;
-/// Ignored by default, so that it does no harm where it strikes by mistake.
-const SIGURG: c_int = 23;
-/// SIGHUP, SIGINT and SIGTERM.
-const END: [c_int; 3] = [1, 2, 15];
-/// SIGBUS and SIGSEGV.
-const FAULTS: [c_int; 2] = [7, 11];
-/// Ignored by std, which resets it in commands.
-const SIGPIPE: c_int = 13;
 const SIG_DFL: usize = 0;
 const SIG_IGN: usize = 1;
 
 pub const POLLIN: c_short = 0x1;
+pub const POLLOUT: c_short = 0x4;
 pub const POLLRDHUP: c_short = 0x2000;
 /// POLLERR and POLLHUP: nothing can be sent any more.
 pub const POLLGONE: c_short = 0x18;
+
+/// O_CLOEXEC and SOCK_CLOEXEC.
+const CLOEXEC: c_int = 0o2_000_000;
 
 /// EAGAIN, ENOMEM, ENFILE and EMFILE: nothing is wrong with what was asked for, but there is no room for it now.
 pub const EXHAUSTED: [c_int; 4] = [11, 12, 23, 24];
@@ -48,198 +47,144 @@ struct PollFd(c_int, c_short, c_short);
 #[repr(C, align(16))]
 struct Scratch([c_int; 64]);
 
-/// musl's is 64 bits wide everywhere.
-#[cfg(target_env = "musl")]
-type Offset = i64;
-#[cfg(not(target_env = "musl"))]
-type Offset = c_long;
-
 unsafe extern "C" {
     fn _exit(status: c_int) -> !;
     fn accept4(fd: c_int, address: *mut c_void, length: *mut c_uint, flags: c_int) -> c_int;
-    fn close(fd: c_int) -> c_int;
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
     fn fork() -> c_int;
     fn kill(pid: c_int, signal: c_int) -> c_int;
     fn listen(fd: c_int, backlog: c_int) -> c_int;
     #[cfg(target_env = "gnu")]
     fn mallopt(parameter: c_int, value: c_int) -> c_int;
-    fn mmap(at: *mut c_void, n: usize, p: c_int, f: c_int, fd: c_int, o: Offset) -> *mut c_void;
+    // musl's offset has 64 bits everywhere, glibc's only under this name.
+    #[cfg_attr(target_env = "gnu", link_name = "mmap64")]
+    fn mmap(at: *mut c_void, n: usize, p: c_int, f: c_int, fd: c_int, o: i64) -> *mut c_void;
     fn pipe2(fds: *mut c_int, flags: c_int) -> c_int;
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
-    fn pthread_kill(thread: c_ulong, signal: c_int) -> c_int;
     fn pthread_sigmask(how: c_int, new: *const Scratch, old: *mut Scratch) -> c_int;
     fn setsid() -> c_int;
-    fn setsockopt(fd: c_int, level: c_int, name: c_int, new: *const c_void, n: c_uint) -> c_int;
-    fn shutdown(fd: c_int, how: c_int) -> c_int;
-    fn siginterrupt(signal: c_int, flag: c_int) -> c_int;
+    fn setsockopt(fd: c_int, level: c_int, name: c_int, new: *const c_uint, n: c_uint) -> c_int;
     fn signal(signal: c_int, handler: usize) -> usize;
     fn syscall(number: c_long, ...) -> c_long;
     fn umask(mask: c_uint) -> c_uint;
-    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn waitid(idtype: c_uint, id: c_uint, info: *mut Scratch, options: c_int) -> c_int;
+    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
 }
 
-/// Runs before std's start, which then finds these signals taken and leaves out its report of stack overflows: an extra stack for
-/// each thread, mapped, protected and unmapped again, three times a run. An overflow still ends at the guard page.
+/// Runs before std's start, which then finds SIGBUS and SIGSEGV taken and leaves out its report of stack overflows: an extra stack
+/// for each thread, mapped, protected and unmapped again, three times a run. An overflow still ends at the guard page.
 /// [`normalise_process`] sets them to default.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static TAKE_FAULT_SIGNALS: extern "C" fn() = {
     extern "C" fn take() {
         // SAFETY: numbers alone; there is one thread.
-        FAULTS
-            .iter()
-            .for_each(|&number| _ = unsafe { signal(number, SIG_IGN) });
+        let _ = [7, 11].map(|number| unsafe { signal(number, SIG_IGN) });
     }
     take
 };
-
-const CLOEXEC: c_int = 0o2_000_000;
-/// A system call with the same number everywhere; older kernels (before 5.9) have it not.
-const CLOSE_RANGE: c_long = 436;
-const MOST_INHERITED: c_int = 1 << 16;
 
 /// Undoes what whoever started the server left behind in this process: ignored signals (SIGCHLD's would make every wait fail) and
 /// blocked ones, which commands would inherit; descriptors and the variable `secret`, which they must not see.
 /// Call it before any thread is started.
 pub fn normalise_process(secret: &str) {
     const SIG_SETMASK: c_int = 2;
-    const F_SETFD: c_int = 2;
+    const CLOSE_RANGE: c_long = 436;
     const CLOSE_RANGE_CLOEXEC: c_uint = 4;
     // SAFETY: numbers, and a `sigset_t`, empty where all is zero. There is one thread, and nobody else reads the environment.
     unsafe {
-        for number in (1..=64).filter(|&number| number != SIGPIPE) {
+        // All but SIGPIPE, which std ignores, and resets in commands.
+        for number in (1..13).chain(14..65) {
             signal(number, SIG_DFL);
         }
         pthread_sigmask(SIG_SETMASK, &Scratch([0; 64]), ptr::null_mut());
+        // Kernels before 5.11 do not know the call, or not its flag. 2 and 1 are F_SETFD and FD_CLOEXEC.
         if syscall(CLOSE_RANGE, 3 as c_uint, c_uint::MAX, CLOSE_RANGE_CLOEXEC) != 0 {
-            (3..MOST_INHERITED).for_each(|fd| _ = fcntl(fd, F_SETFD, 1 as c_int));
+            (3..1 << 16).for_each(|fd| _ = fcntl(fd, 2, 1 as c_int));
         }
         std::env::remove_var(secret);
-    }
-    // A malloc arena for each thread would be memory, and 64 MiB of addresses, for each silent stream. -8 is M_ARENA_MAX.
-    #[cfg(target_env = "gnu")]
-    // SAFETY: numbers alone.
-    unsafe {
+        // M_ARENA_MAX: an arena for each thread would be memory, and 64 MiB of addresses, for each silent stream.
+        #[cfg(target_env = "gnu")]
         mallopt(-8, 2);
     }
 }
 
 /// The ids of groups that must not outlive this process, in memory that the guardian sees too; 0 is a free place.
 static GUARDED: OnceLock<&[AtomicU32]> = OnceLock::new();
+const PLACES: usize = 1 << 16;
 
 /// Starts the guardian: a process that waits for the end of this one, however it comes (SIGKILL, out of memory), and then kills the
 /// groups that are still guarded. Call it before any thread is started.
 ///
-/// It is forked, so that guarding is a store to memory and no system call, and twice, so that it is no child of this process. It
-/// leaves the session and closes every other descriptor, so that no terminal ends it and nobody waits for it.
-pub fn start_guardian(places: usize) -> io::Result<()> {
+/// It is forked, so that guarding is a store to memory and no system call; twice, so that it is no child of this process; and leaves
+/// the session, so that no terminal ends it.
+pub fn start_guardian() -> io::Result<()> {
     const READ_WRITE: c_int = 3;
     const SHARED_ANONYMOUS: c_int = 0x21;
-    let places = places.min(1 << 16);
+    let (end, pipe) = pipe()?;
     // SAFETY: new memory, zeroed, aligned to a page, of that size and never unmapped. There is one thread, so a fork may do anything.
     unsafe {
         let at = mmap(
             ptr::null_mut(),
-            places * 4,
+            PLACES * 4,
             READ_WRITE,
             SHARED_ANONYMOUS,
             -1,
             0,
         );
-        if at as isize == -1 {
+        let child = if at as isize == -1 { -1 } else { fork() };
+        if child == -1 {
             return Err(io::Error::last_os_error());
         }
-        let groups = GUARDED.get_or_init(|| std::slice::from_raw_parts(at.cast(), places));
-        let (end, pipe) = pipe()?;
-        match fork() {
-            -1 => return Err(io::Error::last_os_error()),
-            0 if fork() == 0 => {
-                drop(pipe);
-                watch(end, groups);
-            }
-            0 => _exit(0),
-            child => waitpid(child, ptr::null_mut(), 0),
-        };
-        // Open until this process ends.
-        std::mem::forget(pipe);
-    }
-    Ok(())
-}
-
-/// The guardian's life.
-fn watch(end: OwnedFd, groups: &[AtomicU32]) -> ! {
-    // SAFETY: numbers alone, of descriptors and groups that are nobody else's in this process, which has one thread.
-    unsafe {
-        setsid();
-        (1..=64).for_each(|number| _ = signal(number, SIG_IGN));
-        let own = end.as_raw_fd();
-        let ranges = [(0, own as c_uint - 1), (own as c_uint + 1, c_uint::MAX)];
-        if ranges.map(|(first, last)| syscall(CLOSE_RANGE, first, last, 0)) != [0; 2] {
-            (0..MOST_INHERITED)
-                .filter(|&fd| fd != own)
-                .for_each(|fd| _ = close(fd));
+        let groups = GUARDED.get_or_init(|| std::slice::from_raw_parts(at.cast(), PLACES));
+        if child > 0 {
+            waitpid(child, ptr::null_mut(), 0);
+            // Open until this process ends.
+            std::mem::forget(pipe);
+            return Ok(());
         }
-        let _ = std::env::set_current_dir("/");
-        while ready(&end, POLLIN, -1) == 0 {}
-        let guarded = groups
-            .iter()
-            .map(|group| group.load(SeqCst))
-            .filter(|&pgid| pgid > 1);
-        guarded.for_each(|pgid| kill_group(pgid, SIGKILL));
+        if fork() == 0 {
+            setsid();
+            drop(pipe);
+            let _ = File::from(end).read(&mut [0]);
+            let guarded = groups.iter().map(|group| group.load(SeqCst));
+            guarded
+                .filter(|&pgid| pgid > 1)
+                .for_each(|pgid| kill_group(pgid, SIGKILL));
+        }
         _exit(0)
     }
 }
 
 /// Has a group killed if this process ends before the place is set to 0 again, as it must be before the leader is reaped.
 pub fn guard(pgid: u32) -> Option<&'static AtomicU32> {
-    let free = |place: &&AtomicU32| place.compare_exchange(0, pgid, SeqCst, SeqCst).is_ok();
-    GUARDED.get()?.iter().find(free)
+    let take = |place: &&AtomicU32| place.compare_exchange(0, pgid, SeqCst, SeqCst).is_ok();
+    GUARDED.get()?.iter().find(take)
 }
 
-static LISTENING: AtomicI32 = AtomicI32::new(-1);
 static SIGNALS: AtomicU32 = AtomicU32::new(0);
 
-/// How many of SIGTERM, SIGINT and SIGHUP have come since [`catch_signals`].
+/// How many of SIGTERM, SIGINT and SIGHUP have come since [`count_signals`].
 pub fn signals() -> u32 {
     SIGNALS.load(SeqCst)
 }
 
-/// Counts SIGTERM, SIGINT and SIGHUP from now on; the first one makes `accept` on the listening socket fail, for good.
-/// Also lets [`interrupt`] break a blocking call.
-pub fn catch_signals(listening: &OwnedFd) {
+/// Counts SIGHUP, SIGINT and SIGTERM from now on.
+pub fn count_signals() {
     extern "C" fn count(_: c_int) {
-        if SIGNALS.fetch_add(1, SeqCst) == 0 {
-            // A flag alone could be set right before `accept` blocks. This succeeds, hence leaves the interrupted thread's errno alone.
-            // SAFETY: shutdown is async-signal-safe; the listening socket stays open as long as the process. 2 is SHUT_RDWR.
-            unsafe { shutdown(LISTENING.load(SeqCst), 2) };
-        }
+        SIGNALS.fetch_add(1, SeqCst);
     }
-    extern "C" fn nothing(_: c_int) {}
-    LISTENING.store(listening.as_raw_fd(), SeqCst);
-    // SAFETY: both handlers are async-signal-safe.
-    unsafe {
-        let count = count as extern "C" fn(c_int) as usize;
-        END.iter().for_each(|&number| _ = signal(number, count));
-        signal(SIGURG, nothing as extern "C" fn(c_int) as usize);
-        siginterrupt(SIGURG, 1);
-    }
+    let count = count as extern "C" fn(c_int) as usize;
+    // SAFETY: the handler is async-signal-safe.
+    let _ = [1, 2, 15].map(|number| unsafe { signal(number, count) });
 }
 
-/// Makes the blocking call that `thread` is in fail with `EINTR`. One that it is just about to enter is not hit: call again until
-/// the thread has ended.
-pub fn interrupt<T>(thread: &thread::JoinHandle<T>) {
-    // SAFETY: the handle is proof that the thread was neither joined nor detached, so its id is valid even after its end.
-    unsafe { pthread_kill(thread.as_pthread_t() as c_ulong, SIGURG) };
-}
-
-/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd`, waiting for one up to `wait` milliseconds, or without end where it is
-/// -1. An error counts as none.
-pub fn ready(fd: impl AsFd, events: c_short, wait: c_int) -> c_short {
+/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd`, waiting up to `wait` for one of them. A signal ends the wait; an error
+/// counts as none.
+pub fn ready(fd: impl AsFd, events: c_short, wait: Duration) -> c_short {
     let mut one = PollFd(fd.as_fd().as_raw_fd(), events, 0);
     // SAFETY: one valid entry, whose descriptor is borrowed for the call.
-    unsafe { poll(&mut one, 1, wait) };
+    unsafe { poll(&mut one, 1, wait.as_millis() as c_int) };
     one.2
 }
 
@@ -269,41 +214,41 @@ pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     }
 }
 
-/// The next connection of a listening socket of any family.
-pub fn accept(listening: &OwnedFd) -> io::Result<OwnedFd> {
-    // SAFETY: no address is asked for; the descriptor is new and nobody else's.
+/// The next connection of a listening socket of any family; std asks for the address that its own has.
+pub fn accept(listening: &TcpListener) -> io::Result<TcpStream> {
     let fd = listening.as_raw_fd();
+    // SAFETY: no address is asked for; the descriptor is new and nobody else's.
     match unsafe { accept4(fd, ptr::null_mut(), ptr::null_mut(), CLOEXEC) } {
         -1 => Err(io::Error::last_os_error()),
-        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        fd => Ok(unsafe { TcpStream::from_raw_fd(fd) }),
     }
 }
 
 /// Lets up to `backlog` connections wait to be accepted; std asks for 128 only.
-pub fn set_backlog(listening: &OwnedFd, backlog: c_int) {
+pub fn set_backlog(listening: &TcpListener, backlog: c_int) {
     // SAFETY: numbers alone.
     unsafe { listen(listening.as_raw_fd(), backlog) };
 }
 
-/// Declares the peer dead when what was sent stays unacknowledged for `limit` (RFC 5482). No effect on a Unix socket.
-pub fn set_user_timeout(stream: &net::TcpStream, limit: time::Duration) {
+/// Declares the peer dead when what was sent stays unacknowledged for `limit` (RFC 5482).
+pub fn set_user_timeout(stream: &TcpStream, limit: Duration) {
     const IPPROTO_TCP: c_int = 6;
     const TCP_USER_TIMEOUT: c_int = 18;
-    let (fd, millis) = (
-        stream.as_raw_fd(),
-        limit.as_millis().min(c_uint::MAX.into()) as c_uint,
-    );
-    let value = (&raw const millis).cast();
+    let millis = limit.as_millis().min(c_int::MAX as u128) as c_uint;
     // SAFETY: the option's value is an unsigned int, 4 bytes, read during the call.
-    unsafe { setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, value, 4) };
+    unsafe {
+        setsockopt(
+            stream.as_raw_fd(),
+            IPPROTO_TCP,
+            TCP_USER_TIMEOUT,
+            &millis,
+            4,
+        )
+    };
 }
 
-/// Runs `create`, with what it creates for the owner alone. Call it before any thread is started.
-pub fn with_private_umask<T>(create: impl FnOnce() -> T) -> T {
+/// Sets which permissions new files are without, and returns what it was before. Call it before any thread is started.
+pub fn set_umask(mask: u32) -> u32 {
     // SAFETY: numbers alone.
-    let before = unsafe { umask(0o177) };
-    let created = create();
-    // SAFETY: as above.
-    unsafe { umask(before) };
-    created
+    unsafe { umask(mask) }
 }

@@ -4,45 +4,33 @@
 /// The words of `line`: blanks and line ends separate, quotes and backslashes keep together.
 /// An open quote or a NUL, which no argument can hold, is refused with what is wrong.
 pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
-    if line.contains(&0) {
-        return Err("command has a NUL");
-    }
-    let mut words = Vec::new();
-    let mut word: Option<Vec<u8>> = None;
-    let mut bytes = line.iter().copied();
+    let (mut words, mut word, mut quote) = (Vec::new(), None, None);
+    let mut bytes = line.iter().copied().peekable();
     while let Some(byte) = bytes.next() {
-        if matches!(byte, b' ' | b'\t' | b'\n') {
+        if quote.is_none() && matches!(byte, b' ' | b'\t' | b'\n') {
             words.extend(word.take());
             continue;
         }
-        let word = word.get_or_insert_default();
-        match byte {
-            b'\'' => loop {
-                match bytes.next().ok_or("command has an unclosed single quote")? {
-                    b'\'' => break,
-                    literal => word.push(literal),
-                }
-            },
-            b'"' => loop {
-                match bytes.next().ok_or(OPEN_DOUBLE)? {
-                    b'"' => break,
-                    b'\\' => match bytes.next().ok_or(OPEN_DOUBLE)? {
-                        special @ (b'"' | b'\\' | b'$' | b'`') => word.push(special),
-                        other => word.extend([b'\\', other]),
-                    },
-                    literal => word.push(literal),
-                }
-            },
+        let word: &mut Vec<u8> = word.get_or_insert_default();
+        match (quote, byte) {
+            (None, b'\'' | b'"') => quote = Some(byte),
+            (Some(open), _) if open == byte => quote = None,
             // A backslash with nothing after it stands for itself, as in a shell.
-            b'\\' => word.push(bytes.next().unwrap_or(b'\\')),
-            literal => word.push(literal),
+            (None, b'\\') => word.push(bytes.next().unwrap_or(byte)),
+            (Some(b'"'), b'\\') => {
+                let special = bytes.next_if(|next| b"\"\\$`".contains(next));
+                word.push(special.unwrap_or(byte));
+            }
+            _ => word.push(byte),
         }
     }
     words.extend(word);
-    Ok(words)
+    match quote {
+        _ if line.contains(&0) => Err("command has a NUL"),
+        Some(_) => Err("command has an unclosed quote"),
+        None => Ok(words),
+    }
 }
-
-const OPEN_DOUBLE: &str = "command has an unclosed double quote";
 
 #[cfg(test)]
 mod tests {

@@ -61,13 +61,7 @@ fn unescape(data: &str) -> String {
 }
 
 fn stream() -> Stream {
-    Stream::new(
-        Format {
-            events: true,
-            chunked: false,
-        },
-        Vec::new(),
-    )
+    Stream::new(true, false, Vec::new())
 }
 
 fn decoded(pieces: &[&[u8]]) -> String {
@@ -75,7 +69,7 @@ fn decoded(pieces: &[&[u8]]) -> String {
     for piece in pieces {
         stream.piece(STDOUT, piece);
     }
-    stream.exit("exited", ExitStatus::from_raw(0), 0, [0, 0]);
+    stream.exit("exited", ExitStatus::from_raw(0), 0);
     let mut events = events(&stream.batch);
     assert_eq!(events.pop().map(|last| last.0).as_deref(), Some("exit"));
     let texts = events.iter().map(|(_, data)| unescape(data));
@@ -89,8 +83,8 @@ fn the_contract_s_example() {
     stream.piece(STDOUT, b"total 12\n");
     stream.piece(STDERR, b"ls: x: No such file or directory\n");
     stream.error("a \"word\"");
-    stream.exit("exited", ExitStatus::from_raw(2 << 8), 6, [9, 33]);
-    stream.exit("killed", ExitStatus::from_raw(9), 7, [0, 0]);
+    stream.exit("exited", ExitStatus::from_raw(2 << 8), 6);
+    stream.exit("killed", ExitStatus::from_raw(9), 7);
     let expected = [
         ("start", r#"{"type":"start","pid":4711}"#),
         ("stdout", r#"{"type":"stdout","out":"total 12\n"}"#),
@@ -105,7 +99,7 @@ fn the_contract_s_example() {
         ),
         (
             "exit",
-            r#"{"type":"exit","out":"killed","code":null,"signal":9,"ms":7,"stdout_bytes":0,"stderr_bytes":0}"#,
+            r#"{"type":"exit","out":"killed","code":null,"signal":9,"ms":7,"stdout_bytes":9,"stderr_bytes":33}"#,
         ),
     ];
     let expected = expected.map(|(event, data)| (event.to_string(), data.to_string()));
@@ -182,37 +176,25 @@ fn stdout_and_stderr_carry_apart() {
 
 #[test]
 fn a_batch_is_a_chunk() {
-    let format = Format {
-        events: false,
-        chunked: true,
-    };
-    let mut stream = Stream::new(format, b"head ".to_vec());
+    let mut stream = Stream::new(false, true, b"head ".to_vec());
     stream.piece(STDOUT, &[b'x'; 300]);
     stream.piece(STDERR, b"y");
-    assert_eq!(
-        stream.take(),
-        [b"head 0012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat()
-    );
+    let expected = [b"head 00012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat();
+    assert_eq!(stream.ready(), expected);
+    stream.clear();
     stream.comment();
     stream.error("not in plain text");
-    stream.piece(STDOUT, b"");
-    assert_eq!(stream.take(), b"");
-    stream.exit("exited", ExitStatus::from_raw(3 << 8), 0, [0, 0]);
-    assert_eq!(stream.take(), b"0\r\nExit-Code: 3\r\n\r\n");
-    let mut stream = Stream::new(format, Vec::new());
-    stream.exit("killed", ExitStatus::from_raw(15), 0, [0, 0]);
-    assert_eq!(stream.take(), b"0\r\nExit-Signal: 15\r\n\r\n");
-    let mut stream = Stream::new(
-        Format {
-            events: true,
-            chunked: true,
-        },
-        Vec::new(),
-    );
+    assert_eq!(stream.ready(), b"");
+    stream.exit("exited", ExitStatus::from_raw(3 << 8), 0);
+    assert_eq!(stream.ready(), b"0\r\nExit-Code: 3\r\n\r\n");
+    let mut stream = Stream::new(false, true, Vec::new());
+    stream.exit("killed", ExitStatus::from_raw(15), 0);
+    assert_eq!(stream.ready(), b"0\r\nExit-Signal: 15\r\n\r\n");
+    let mut stream = Stream::new(true, true, Vec::new());
     stream.piece(STDOUT, b"\xc3");
-    assert_eq!(stream.take(), b"");
+    assert_eq!(stream.ready(), b"");
     stream.comment();
-    assert_eq!(stream.take(), b"00002\r\n:\n\r\n");
+    assert_eq!(stream.ready(), b"000002\r\n:\n\r\n");
 }
 
 /// Every byte at every place of a word, beside every neighbour that could borrow from it.
