@@ -141,11 +141,7 @@ fn read_pipe(source: usize, mut pipe: File, stop: &AtomicBool, pieces: &SyncSend
     let (mut size, mut after_stop) = (FIRST_BUFFER, 0);
     while after_stop < MOST_IN_PIPE {
         let is_stopping = stop.load(SeqCst);
-        let wait = if is_stopping {
-            Duration::ZERO
-        } else {
-            READER_TICK
-        };
+        let wait = READER_TICK * u32::from(!is_stopping);
         // Silence needs no buffer.
         match sys::ready(&pipe, POLLIN, wait) {
             0 if is_stopping => return,

@@ -37,12 +37,8 @@ fn calendar(seconds: u64) -> (u64, u64, u64, String) {
     let day = day - (153 * month + 2) / 5 + 1;
     let month = if month < 10 { month + 3 } else { month - 9 };
     let year = era * 400 + year + u64::from(month <= 2);
-    (
-        year,
-        month,
-        day,
-        format!("{hour:02}:{minute:02}:{second:02}"),
-    )
+    let time = format!("{hour:02}:{minute:02}:{second:02}");
+    (year, month, day, time)
 }
 
 #[cfg(test)]

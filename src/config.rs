@@ -14,32 +14,17 @@ pub struct Config {
 /// and that cannot be had, 0 that saying it was all there was to do.
 pub struct Exit(pub u8, pub String);
 
-type Result<T> = std::result::Result<T, Exit>;
-
 /// The same as in Cargo.toml, which a build by rustc alone does not see.
 pub const VERSION: &str = "0.1.0";
 pub const TOKEN_VARIABLE: &str = "SSECOMMANDER_TOKEN";
 
 const USAGE: &str = include_str!("usage.txt");
 
-/// The options without a value.
-const FLAGS: [&str; 7] = [
-    "-h",
-    "--help",
-    "-V",
-    "--version",
-    "-v",
-    "--verbose",
-    "--no-token",
-];
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
 
-const COMMAND: &str = "a command line";
-const COUNT: &str = "a number from 1";
-const ADDRESS: &str = "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH";
-const ORIGIN: &str = "an origin as browsers send it (https://ops.example), or *";
-const SECONDS: &str = "seconds, 0 to 31536000";
-const SOME_SECONDS: &str = "seconds, above 0 and up to 31536000";
+type Result<T> = std::result::Result<T, Exit>;
+/// What an option's value is, or what it has to be.
+type Parsed<T> = std::result::Result<T, &'static str>;
 
 impl Config {
     /// Reads the arguments, without the program's name, and the token's variable.
@@ -61,20 +46,20 @@ impl Config {
         while let Some(argument) = args.next() {
             let given = match argument.split_once('=') {
                 Some((name, value)) if name.starts_with("--") => (name, Some(value.to_string())),
-                _ if FLAGS.contains(&argument.as_str()) => (argument.as_str(), None),
+                _ if is_flag(&argument) => (argument.as_str(), None),
                 _ => (argument.as_str(), args.next()),
             };
             match given.0 {
-                "-l" | "--listen" => config.address = get(&given, ADDRESS, Address::parse)?,
-                "--allow" => policy.allowed.push(get(&given, COMMAND, command_line)?),
-                "--token-file" => token_file = Some(get(&given, "a path", |it| Some(it.into()))?),
-                "--allow-origin" => policy.origins.push(get(&given, ORIGIN, origin)?),
-                "--max-connections" => config.max_connections = get(&given, COUNT, count)?,
-                "--timeout" => limits.timeout = get(&given, SECONDS, seconds)?,
-                "--grace" => limits.grace = get(&given, SECONDS, seconds)?,
-                "--heartbeat" => limits.heartbeat = get(&given, SOME_SECONDS, some_seconds)?,
-                "--stall" => limits.stall = get(&given, SOME_SECONDS, some_seconds)?,
-                name if !FLAGS.contains(&name) => return Err(wrong(format!("no option {name}"))),
+                "-l" | "--listen" => config.address = value(&given, Address::parse)?,
+                "--allow" => policy.allowed.push(value(&given, command_line)?),
+                "--token-file" => token_file = Some(value(&given, |path| Ok(path.to_string()))?),
+                "--allow-origin" => policy.origins.push(value(&given, origin)?),
+                "--max-connections" => config.max_connections = value(&given, count)?,
+                "--timeout" => limits.timeout = value(&given, seconds)?,
+                "--grace" => limits.grace = value(&given, seconds)?,
+                "--heartbeat" => limits.heartbeat = value(&given, some_seconds)?,
+                "--stall" => limits.stall = value(&given, some_seconds)?,
+                name if !is_flag(name) => return Err(wrong(format!("no option {name}"))),
                 name if given.1.is_some() => return Err(wrong(format!("{name} takes no value"))),
                 "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
                 "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
@@ -84,62 +69,79 @@ impl Config {
         }
         policy.token = read_token(token_file, token)?;
         // Without a token, only who is on this host may call.
-        let why = match policy.token.is_none() && !no_token {
-            true if config.address.is_exposed() => "other hosts can reach",
-            true if policy.origins.iter().any(|it| it == "*") => "every web page could call",
+        let danger = match policy.token.is_none() && !no_token {
+            true if config.address.is_exposed() => format!("exposed at {}", config.address),
+            true if policy.origins.iter().any(|it| it == "*") => "--allow-origin *".to_string(),
             _ => return Ok(config),
         };
-        let remedy = "set --token-file, or say --no-token";
-        Err(Exit(1, format!("{why} {}: {remedy}", config.address)))
+        let why = format!("{danger} needs --token-file, or --no-token if anybody may run anything");
+        Err(Exit(1, why))
     }
 }
 
-/// The value after an option, as `parse` understands it; `what` is what it has to be.
-fn get<T>(given: &(&str, Option<String>), what: &str, parse: fn(&str) -> Option<T>) -> Result<T> {
-    let (name, value) = (given.0, given.1.as_deref());
-    let is_not = || {
-        wrong(format!(
-            "{name} needs {what}, not {}",
-            value.unwrap_or("nothing")
-        ))
-    };
-    value.and_then(parse).ok_or_else(is_not)
+/// Whether the option has no value.
+fn is_flag(name: &str) -> bool {
+    let is_help = matches!(name, "-h" | "--help" | "-V" | "--version");
+    is_help || matches!(name, "-v" | "--verbose" | "--no-token")
+}
+
+/// The value of an option that is given with one, or with none.
+fn value<T>(given: &(&str, Option<String>), parse: fn(&str) -> Parsed<T>) -> Result<T> {
+    let (name, value) = (given.0, given.1.as_deref().unwrap_or_default());
+    parse(value).map_err(|what| wrong(format!("{name} needs {what}, not '{value}'")))
 }
 
 fn wrong(why: String) -> Exit {
-    Exit(2, why.escape_debug().to_string() + "; see --help")
+    Exit(
+        2,
+        why.escape_default().to_string().replace("\\'", "'") + "; see --help",
+    )
 }
 
-fn command_line(text: &str) -> Option<Vec<Vec<u8>>> {
-    let words = words::split(text.as_bytes()).ok();
-    words.filter(|words| !words.is_empty())
+fn command_line(text: &str) -> Parsed<Vec<Vec<u8>>> {
+    let words = words::split(text.as_bytes()).unwrap_or_default();
+    if words.is_empty() {
+        Err("a command line")
+    } else {
+        Ok(words)
+    }
 }
 
-fn count(text: &str) -> Option<usize> {
-    text.parse().ok().filter(|&number| number > 0)
+fn count(text: &str) -> Parsed<usize> {
+    let number = text.parse().ok().filter(|&number| number > 0);
+    number.ok_or("a number from 1")
 }
 
 /// Plain decimal seconds, at most a year: no sign, no exponent. What is below a nanosecond is dropped.
-fn seconds(text: &str) -> Option<Duration> {
+fn seconds(text: &str) -> Parsed<Duration> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let digits = whole.to_string() + fraction;
     let is_plain = !digits.is_empty() && digits.bytes().all(|it| it.is_ascii_digit());
-    let nanos = format!("{fraction:0<9}").get(..9)?.parse().ok()?;
-    let seconds = format!("0{whole}").parse().ok().filter(|_| is_plain)?;
-    Some(Duration::new(seconds, nanos)).filter(|&time| time <= YEAR)
+    let seconds = format!("0{whole}").parse().ok().filter(|_| is_plain);
+    let nanos = format!("{fraction:0<9}")
+        .get(..9)
+        .and_then(|it| it.parse().ok());
+    let time = seconds
+        .zip(nanos)
+        .map(|(seconds, nanos)| Duration::new(seconds, nanos));
+    time.filter(|time| *time <= YEAR)
+        .ok_or("seconds, 0 to 31536000")
 }
 
-fn some_seconds(text: &str) -> Option<Duration> {
-    seconds(text).filter(|time| !time.is_zero())
+fn some_seconds(text: &str) -> Parsed<Duration> {
+    let time = seconds(text).ok().filter(|time| !time.is_zero());
+    time.ok_or("seconds, above 0 and up to 31536000")
 }
 
 /// `scheme://host[:port]`, as in the `Origin` field (RFC 6454 section 7), or `*`.
-fn origin(text: &str) -> Option<String> {
+fn origin(text: &str) -> Parsed<String> {
     let is_good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
     let is_part = |part: &str| !part.is_empty() && part.chars().all(is_good);
-    let parts = text.split_once("://");
-    let is_origin = parts.is_some_and(|(scheme, host)| is_part(scheme) && is_part(host));
-    (is_origin || text == "*").then(|| text.to_string())
+    match text.split_once("://") {
+        Some((scheme, host)) if is_part(scheme) && is_part(host) => Ok(text.to_string()),
+        None if text == "*" => Ok(text.to_string()),
+        _ => Err("an origin as browsers send it (https://ops.example), or *"),
+    }
 }
 
 /// The token, from where it is given: visible ASCII, as it has to fit a field.
@@ -148,20 +150,14 @@ fn read_token(file: Option<String>, variable: Option<String>) -> Result<Option<S
         (None, None) => return Ok(None),
         (None, Some(token)) => (TOKEN_VARIABLE.to_string(), Ok(token)),
         (Some(path), None) => (format!("--token-file {path}"), fs::read_to_string(&path)),
-        _ => {
-            return Err(wrong(format!(
-                "--token-file and {TOKEN_VARIABLE} are both given"
-            )));
-        }
+        _ => return Err(wrong(format!("--token-file beside {TOKEN_VARIABLE}"))),
     };
-    let cannot = |why: String| Exit(1, format!("{source}: {why}"));
-    let content = content.map_err(|error| cannot(error.to_string()))?;
+    let cannot = |why: &str| Exit(1, format!("{source}: {why}"));
+    let content = content.map_err(|error| cannot(&error.to_string()))?;
     let token = content.lines().next().unwrap_or("").trim();
     match !token.is_empty() && token.bytes().all(|byte| byte.is_ascii_graphic()) {
         true => Ok(Some(token.to_string())),
-        false => Err(cannot(
-            "the token is empty, or not visible ASCII".to_string(),
-        )),
+        false => Err(cannot("the token is empty, or not visible ASCII")),
     }
 }
 

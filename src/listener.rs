@@ -47,12 +47,14 @@ pub struct Input<'a>(pub &'a Connection);
 
 impl Address {
     /// `IP:PORT`, `[IPv6]:PORT`, `PORT` (on 127.0.0.1) or `unix:PATH`.
-    pub fn parse(text: &str) -> Option<Address> {
-        match text.strip_prefix("unix:") {
-            Some(path) => (!path.is_empty()).then(|| Address::Unix(path.into())),
-            None if text.contains(':') => text.parse().ok().map(Address::Tcp),
-            None => format!("127.0.0.1:{text}").parse().ok().map(Address::Tcp),
-        }
+    pub fn parse(text: &str) -> Result<Address, &'static str> {
+        let socket = match text.strip_prefix("unix:") {
+            Some(path) if !path.is_empty() => return Ok(Address::Unix(path.into())),
+            _ if text.contains(':') => text.parse(),
+            _ => format!("127.0.0.1:{text}").parse(),
+        };
+        let socket = socket.map(Address::Tcp);
+        socket.map_err(|_| "an address: IP:PORT, [IPv6]:PORT, PORT or unix:PATH")
     }
 
     /// Whether programs on other hosts can connect.

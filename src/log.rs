@@ -21,9 +21,8 @@ pub fn quoted(text: &[u8]) -> String {
     let mut out = String::from("\"");
     let mut rest = &text[..text.len().min(LONGEST_TEXT)];
     while let Some((&byte, after)) = rest.split_first() {
-        let token = TOKEN
-            .get()
-            .and_then(|token| rest.strip_prefix(token.as_bytes()));
+        let token = TOKEN.get().map(|token| token.as_bytes());
+        let token = token.and_then(|token| rest.strip_prefix(token));
         rest = token.unwrap_or(after);
         match byte {
             _ if token.is_some() => out += "***",
@@ -31,11 +30,8 @@ pub fn quoted(text: &[u8]) -> String {
             _ => out.extend(byte.escape_ascii().map(char::from)),
         }
     }
-    out + if text.len() > LONGEST_TEXT {
-        "...\""
-    } else {
-        "\""
-    }
+    let is_whole = text.len() <= LONGEST_TEXT;
+    out + if is_whole { "\"" } else { "...\"" }
 }
 
 #[cfg(test)]

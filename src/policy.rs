@@ -46,37 +46,35 @@ impl Policy {
             return Ok(());
         }
         let sites = head.all("sec-fetch-site");
-        let is_own = sites
-            .iter()
-            .all(|site| ["same-origin", "none"].contains(site));
-        ensure(is_own, Forbidden("another site's page (Sec-Fetch-Site)"))?;
-        let navigates = head.path == "/run" && head.all("sec-fetch-mode").contains(&"navigate");
+        let is_own = |site: &&str| ["same-origin", "none"].contains(site);
         ensure(
-            !navigates,
-            Forbidden("a link runs nothing (Sec-Fetch-Mode)"),
+            sites.iter().all(is_own),
+            Forbidden("another site's page calls"),
+        )?;
+        let navigates = head.all("sec-fetch-mode").contains(&"navigate");
+        ensure(
+            head.path != "/run" || !navigates,
+            Forbidden("a link runs nothing"),
         )?;
         let agents = head.all("user-agent");
         let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
         let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
         ensure(
             is_known,
-            Forbidden("a browser without Origin or Sec-Fetch-Site"),
+            Forbidden("a browser that does not say from where"),
         )
     }
 
     /// Rule 2: the one foreign origin whose page may call and read the answer; none for the own page, and for who is no page.
     pub fn foreign_origin<'a>(&self, head: &'a Head) -> Result<Option<&'a str>> {
-        let host = head
-            .authority
-            .as_deref()
-            .or(head.all("host").first().copied());
+        let hosts = head.all("host");
+        let host = head.authority.as_deref().or(hosts.first().copied());
         let is_allowed = |origin: &str| self.origins.iter().any(|it| it == origin || it == "*");
         match head.all("origin")[..] {
             [] => Ok(None),
             [origin] if host.is_some() && origin.strip_prefix("http://") == host => Ok(None),
-            [origin] if origin != "null" && origin.is_ascii() && is_allowed(origin) => {
-                Ok(Some(origin))
-            }
+            ["null"] => Err(Forbidden("origin not allowed")),
+            [origin] if origin.is_ascii() && is_allowed(origin) => Ok(Some(origin)),
             _ => Err(Forbidden("origin not allowed")),
         }
     }

@@ -168,17 +168,11 @@ impl<R: Read> Content<R> {
     /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
     /// section 2.2); the connection's end there is `Gone`.
     pub fn read_head(&mut self, head: &mut Head) -> Result<()> {
-        let gone = |answer| {
-            if answer == BREAKS_OFF {
-                Answer::Gone
-            } else {
-                answer
-            }
-        };
         let mut line = String::new();
         for _ in 0..2 {
             if line.is_empty() {
-                fill(&mut self.input).map_err(gone)?;
+                let begun = fill(&mut self.input).map(drop);
+                ensure(begun != Err(BREAKS_OFF), Answer::Gone)?;
                 line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
             }
         }
@@ -200,12 +194,10 @@ impl<R: Read> Content<R> {
         if self.chunked {
             ensure(!is_old, Malformed("Transfer-Encoding in HTTP/1.0"))?;
             ensure(lengths.is_empty(), Malformed("two lengths of the content"))?;
-            let end = codings.iter().position(|coding| coding == "chunked");
-            // Where another follows, the content would go on after its own end.
-            ensure(
-                end.is_none_or(|end| end + 1 == codings.len()),
-                MALFORMED_CHUNK,
-            )?;
+            let first = codings.iter().position(|coding| coding == "chunked");
+            let is_last = first.is_none_or(|first| first + 1 == codings.len());
+            // The content would go on after its own end.
+            ensure(is_last, MALFORMED_CHUNK)?;
             ensure(codings == ["chunked"], Answer::Coding)?;
             // A chunk that has come with the head is looked at before anything is started.
             if !self.input.buffer().is_empty() {

@@ -10,7 +10,9 @@ pub const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
 pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 
 const PAGE: &[u8] = include_bytes!("console.html");
+const EVENTS: &str = "Content-Type: text/event-stream\r\n";
 const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
+const TRAILER: &str = "Trailer: Exit-Code, Exit-Signal\r\n";
 
 /// Never an old page after an upgrade; nothing but this very script and style, and this server to talk to.
 const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
@@ -60,28 +62,13 @@ impl Manner<'_> {
 
     /// The head of a command's output.
     pub fn stream(&self) -> Vec<u8> {
-        let is_events = self.head.wants_events();
-        let media_type = if is_events {
-            "Content-Type: text/event-stream\r\n"
-        } else {
-            PLAIN
-        };
-        let stays = if self.close {
-            ""
-        } else {
-            "Connection: keep-alive\r\n"
-        };
-        let mut fields = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
-        fields += "X-Accel-Buffering: no\r\n";
-        if self.head.minor > 0 {
-            fields += "Transfer-Encoding: chunked\r\n";
-            fields += if is_events {
-                ""
-            } else {
-                "Trailer: Exit-Code, Exit-Signal\r\n"
-            };
-        }
-        self.start("200 OK", &fields)
+        let (is_events, is_chunked) = (self.head.wants_events(), self.head.minor > 0);
+        let media_type = if is_events { EVENTS } else { PLAIN };
+        let stays = when(!self.close, "Connection: keep-alive\r\n");
+        let chunks = when(is_chunked, "Transfer-Encoding: chunked\r\n");
+        let trailer = when(is_chunked && !is_events, TRAILER);
+        let fields = format!("Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n{chunks}");
+        self.start("200 OK", &format!("{media_type}{fields}{trailer}{stays}"))
     }
 
     fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
@@ -96,18 +83,18 @@ impl Manner<'_> {
     /// The status line and the fields, with those that every response has.
     fn start(&self, status: &str, fields: &str) -> Vec<u8> {
         let date = clock::imf_fixdate(clock::unix_millis());
+        let close = when(self.close, "Connection: close\r\n");
         let mut start = format!("HTTP/1.1 {status}\r\nDate: {date}\r\n{fields}");
-        start += "X-Content-Type-Options: nosniff\r\n";
         if let Some(origin) = self.origin {
             start += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
         }
-        start += if self.close {
-            "Connection: close\r\n\r\n"
-        } else {
-            "\r\n"
-        };
+        start += &format!("X-Content-Type-Options: nosniff\r\n{close}\r\n");
         start.into_bytes()
     }
+}
+
+fn when(is_so: bool, text: &str) -> &str {
+    if is_so { text } else { "" }
 }
 
 /// Whether the connection ends with this answer: what follows cannot be understood, or there is no place even for this one.

@@ -11,14 +11,12 @@ use std::{fs::File, io, io::Read, ptr, time::Duration};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
-#[cfg(any(target_arch = "mips", target_arch = "mips32r6", target_arch = "sparc"))]
-compile_error!("this Linux numbers signals, socket options and poll's events in its own way");
-#[cfg(any(
-    target_arch = "mips64",
-    target_arch = "mips64r6",
-    target_arch = "sparc64"
-))]
-compile_error!("this Linux numbers signals, socket options and poll's events in its own way");
+#[cfg(any(target_arch = "mips", target_arch = "mips64"))]
+compile_error!("Linux on MIPS numbers signals and socket options in its own way");
+#[cfg(any(target_arch = "mips32r6", target_arch = "mips64r6"))]
+compile_error!("Linux on MIPS numbers signals and socket options in its own way");
+#[cfg(any(target_arch = "sparc", target_arch = "sparc64"))]
+compile_error!("Linux on SPARC numbers signals and poll's events in its own way");
 
 pub const SIGKILL: c_int = 9;
 pub const SIGTERM: c_int = 15;
@@ -119,19 +117,11 @@ const PLACES: usize = 1 << 16;
 /// It is forked, so that guarding is a store to memory and no system call; twice, so that it is no child of this process; and leaves
 /// the session, so that no terminal ends it.
 pub fn start_guardian() -> io::Result<()> {
-    const READ_WRITE: c_int = 3;
-    const SHARED_ANONYMOUS: c_int = 0x21;
     let (end, pipe) = pipe()?;
     // SAFETY: new memory, zeroed, aligned to a page, of that size and never unmapped. There is one thread, so a fork may do anything.
     unsafe {
-        let at = mmap(
-            ptr::null_mut(),
-            PLACES * 4,
-            READ_WRITE,
-            SHARED_ANONYMOUS,
-            -1,
-            0,
-        );
+        // PROT_READ and PROT_WRITE, MAP_SHARED and MAP_ANONYMOUS.
+        let at = mmap(ptr::null_mut(), PLACES * 4, 3, 0x21, -1, 0);
         let child = if at as isize == -1 { -1 } else { fork() };
         if child == -1 {
             return Err(io::Error::last_os_error());
@@ -147,10 +137,9 @@ pub fn start_guardian() -> io::Result<()> {
             setsid();
             drop(pipe);
             let _ = File::from(end).read(&mut [0]);
-            let guarded = groups.iter().map(|group| group.load(SeqCst));
-            guarded
-                .filter(|&pgid| pgid > 1)
-                .for_each(|pgid| kill_group(pgid, SIGKILL));
+            let guarded = groups.iter().map(|place| place.load(SeqCst));
+            let left = guarded.filter(|&pgid| pgid > 1);
+            left.for_each(|pgid| kill_group(pgid, SIGKILL));
         }
         _exit(0)
     }
@@ -235,16 +224,9 @@ pub fn set_user_timeout(stream: &TcpStream, limit: Duration) {
     const IPPROTO_TCP: c_int = 6;
     const TCP_USER_TIMEOUT: c_int = 18;
     let millis = limit.as_millis().min(c_int::MAX as u128) as c_uint;
+    let fd = stream.as_raw_fd();
     // SAFETY: the option's value is an unsigned int, 4 bytes, read during the call.
-    unsafe {
-        setsockopt(
-            stream.as_raw_fd(),
-            IPPROTO_TCP,
-            TCP_USER_TIMEOUT,
-            &millis,
-            4,
-        )
-    };
+    unsafe { setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &millis, 4) };
 }
 
 /// Sets which permissions new files are without, and returns what it was before. Call it before any thread is started.
