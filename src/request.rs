@@ -13,8 +13,9 @@ const LONGEST_HEAD: usize = 16 << 10;
 const MOST_FIELDS: usize = 100;
 /// The longest line with a chunk's size, extensions included.
 const LONGEST_CHUNK_LINE: usize = 1 << 10;
-/// Heads are small; content passes through in pieces of this size, which a pipe takes at once when it is ready (PIPE_BUF).
-const BUFFER: usize = 4 << 10;
+/// Of input: a silent stream holds one. Most heads fit; content passes through in pieces of this size, which a pipe that is ready
+/// takes whole (PIPE_BUF).
+const BUFFER: usize = 1 << 10;
 /// Optional whitespace (RFC 9110 section 5.6.3).
 const OWS: [char; 2] = [' ', '\t'];
 

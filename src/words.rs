@@ -27,7 +27,8 @@ pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
     words.extend(word);
     match quote {
         _ if line.contains(&0) => Err("command has a NUL"),
-        Some(_) => Err("command has an unclosed quote"),
+        Some(b'"') => Err("command has an unclosed double quote"),
+        Some(_) => Err("command has an unclosed single quote"),
         None => Ok(words),
     }
 }

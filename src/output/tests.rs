@@ -197,6 +197,30 @@ fn a_batch_is_a_chunk() {
     assert_eq!(stream.ready(), b"000002\r\n:\n\r\n");
 }
 
+/// std is the judge, of every four bytes next to a boundary of table 3-7, with something before and behind them.
+#[test]
+fn validation_agrees_with_std() {
+    let edges = [
+        0x00, 0x41, 0x7f, 0x80, 0x8f, 0x90, 0x9f, 0xa0, 0xbf, 0xc0, 0xc1, 0xc2, 0xdf, 0xe0, 0xe1,
+        0xec, 0xed, 0xee, 0xef, 0xf0, 0xf1, 0xf3, 0xf4, 0xf5, 0xff,
+    ];
+    for number in 0..edges.len().pow(4) {
+        let four = [0, 1, 2, 3].map(|place| edges[number / edges.len().pow(place) % edges.len()]);
+        for text in [
+            &four[..],
+            &four[..3],
+            &[&four[..], b"end"].concat(),
+            &[b"0123456789abcdef\xc3\xa9", &four[..]].concat(),
+        ] {
+            assert_eq!(
+                is_utf8(text),
+                std::str::from_utf8(text).is_ok(),
+                "{text:x?}"
+            );
+        }
+    }
+}
+
 /// Every byte at every place of a word, beside every neighbour that could borrow from it.
 #[test]
 fn the_search_finds_what_a_plain_one_finds() {
