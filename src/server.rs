@@ -6,6 +6,7 @@ use crate::log::{self, quoted};
 use crate::request::{Answer, Content, Head, Result, ensure, form_value};
 use crate::response::{self, CONTINUE, Manner, PAGE_METHODS, RUN_METHODS};
 use crate::{config::Config, output::Stream, policy::Order, run, sys};
+use std::hint::black_box;
 use std::io::{self, prelude::*};
 use std::time::{Duration, Instant};
 use std::{fs::File, mem::take, net::Shutdown, sync::Arc, thread};
@@ -25,6 +26,8 @@ const ACCEPT_WAIT: Duration = Duration::from_millis(250);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Clients beyond the cap that are being told so.
 const MOST_REFUSED: usize = 256;
+/// Memory that has to be there for one connection more: std ends the program where an allocation fails.
+const MEMORY_RESERVE: usize = 8 << 20;
 /// What the server's end may take beyond `--grace`, and after a second signal.
 const AFTER_GRACE: Duration = Duration::from_millis(900);
 const AFTER_SECOND_SIGNAL: Duration = Duration::from_millis(400);
@@ -88,7 +91,12 @@ fn start_conversation(server: &Arc<Server>, client: Arc<Connection>) {
     let (own, peer) = (server.clone(), client.clone());
     let converse = move || converse(&own, &peer, place.is_some());
     let is_told = is_served || Arc::strong_count(server) <= most + MOST_REFUSED;
-    if !is_told || thread_builder().spawn(converse).is_err() {
+    let has_room = black_box(Vec::<u8>::new())
+        .try_reserve(MEMORY_RESERVE)
+        .is_ok();
+    if !is_told || !has_room || thread_builder().spawn(converse).is_err() {
+        // nginx takes an answer that precedes its request for the beginning of the next instance's, and says 502.
+        sys::ready(&client.socket, sys::POLLIN, ACCEPT_PAUSE);
         reply(server, &client, &Head::default(), &BUSY, true);
         linger(&client, ACCEPT_PAUSE);
     }
@@ -209,11 +217,17 @@ fn run(
 /// Answers with anything but a command's output.
 fn reply(server: &Server, client: &Connection, head: &Head, answer: &Answer, close: bool) {
     let (status, why) = response::explain(answer);
+    let (peer, code, target) = (&client.peer, &status[..3], quoted(head.target.as_bytes()));
+    let told = match answer {
+        // A stream of its own, with this one event.
+        Answer::NotStarted(code, _) if head.wants_events() => {
+            let outcome = format!("out=failed code={code} ms=0 stdout_bytes=0 stderr_bytes=0");
+            format!("exit peer={peer} pid=0 {outcome}")
+        }
+        _ => format!("refuse peer={peer} status={code} target={target}"),
+    };
     if !why.is_empty() {
-        let (peer, code) = (&client.peer, &status[..3]);
-        let (target, why) = (quoted(head.target.as_bytes()), quoted(why.as_bytes()));
-        let answer = format!("status={code} target={target} why={why}");
-        log::line(format_args!("refuse peer={peer} {answer}"));
+        log::line(format_args!("{told} why={}", quoted(why.as_bytes())));
     }
     write(server, client, &manner(server, head, close).render(answer));
 }

@@ -104,6 +104,9 @@ pub fn normalise_process(secret: &str) {
         // M_ARENA_MAX: an arena for each thread would be memory, and 64 MiB of addresses, for each silent stream.
         #[cfg(target_env = "gnu")]
         mallopt(-8, 2);
+        // M_MMAP_THRESHOLD: glibc raises it where a large piece is freed, and then gives less memory back.
+        #[cfg(target_env = "gnu")]
+        mallopt(-3, 128 << 10);
     }
 }
 

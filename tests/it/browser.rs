@@ -507,3 +507,70 @@ fn browser_hostile_pages_run_nothing() {
     browser.script(&format!("fetch('/run', {{ method: 'POST', body: new URLSearchParams({{ command: 'touch {}/own' }}) }})", folder.0.display()));
     wait_for("the own page's file", || folder.0.join("own").exists());
 }
+
+/// What axe has to say of the page as it is, serious or worse.
+fn findings(browser: &Browser) -> String {
+    browser.script(
+        "window.findings = null; \
+         axe.run().then((result) => { window.findings = result.violations \
+         .filter((each) => ['serious', 'critical'].includes(each.impact)) \
+         .map((each) => each.id + ' ' + each.nodes.map((node) => node.target).join()).join('; ') + '.'; })",
+    );
+    browser.until("axe", "return window.findings !== null");
+    browser.script("return window.findings")
+}
+
+#[test]
+#[ignore = "needs chromium, chromedriver and axe-core"]
+fn browser_page_is_accessible() {
+    let axe = format!("{}/node_modules/axe-core/axe.min.js", libraries());
+    let axe = std::fs::read_to_string(axe).unwrap();
+    let folder = Folder::new();
+    let token = folder.write("token", "s3cret");
+    let (server, browser) = console(&[]);
+    let guarded = Server::start(&["--token-file", &token]);
+    for (width, scheme) in [
+        (1000, "light"),
+        (1000, "dark"),
+        (320, "light"),
+        (320, "dark"),
+    ] {
+        let feature = format!("{{\"name\":\"prefers-color-scheme\",\"value\":\"{scheme}\"}}");
+        let media = format!("{{\"features\":[{feature}]}}");
+        let command = format!("{{\"cmd\":\"Emulation.setEmulatedMedia\",\"params\":{media}}}");
+        browser.post("goog/cdp/execute", &command);
+        let metrics = format!(
+            "{{\"width\":{width},\"height\":640,\"deviceScaleFactor\":1,\"mobile\":false}}"
+        );
+        browser.post(
+            "goog/cdp/execute",
+            &format!("{{\"cmd\":\"Emulation.setDeviceMetricsOverride\",\"params\":{metrics}}}"),
+        );
+        browser.go(&format!("http://{}/", server.address));
+        browser.script(&axe);
+        let is_dark = "return matchMedia('(prefers-color-scheme: dark)').matches";
+        assert_eq!(browser.script(is_dark), (scheme == "dark").to_string());
+        assert_eq!(findings(&browser), ".", "at rest, {width} {scheme}");
+        browser.run(
+            "sh -c 'echo out; echo err >&2; printf \"\\033[31mred\\033[32mgreen\\n\"; exit 3'",
+        );
+        browser.ends_as("exited 3");
+        assert_eq!(findings(&browser), ".", "with output, {width} {scheme}");
+        let overflow = "return document.documentElement.scrollWidth > innerWidth";
+        assert_eq!(browser.script(overflow), "false", "{width}");
+        browser.go(&format!("http://{}/", guarded.address));
+        browser.run("true");
+        browser.until(
+            "the question for the token",
+            "return [...document.querySelectorAll('input')].some((each) => each.type === 'password' && each.checkVisibility())",
+        );
+        browser.script(&axe);
+        assert_eq!(findings(&browser), ".", "with a token, {width} {scheme}");
+        // A control: what it is there to find is found.
+        browser.script("document.querySelector('[role=log]').innerHTML = '<img src=x>'");
+        assert!(
+            findings(&browser).starts_with("image-alt"),
+            "{width} {scheme}"
+        );
+    }
+}

@@ -12,6 +12,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         let _ = Command::new("kill")
             .args(["-s", self.1, &self.0.id().to_string()])
+            .stderr(Stdio::null())
             .status();
         let _ = self.0.wait();
     }
@@ -283,12 +284,6 @@ for (const name of ['start', 'stdout', 'exit']) source.addEventListener(name, ()
 source.onerror = (error) => { if (source.readyState === 2) { console.log(error.code); process.exit(); } };
 "#;
 
-/// The folder where .ci/run has installed the libraries.
-fn libraries() -> String {
-    std::env::var("TEST_LIBRARIES")
-        .expect("TEST_LIBRARIES names a folder with a Python environment and node_modules")
-}
-
 #[test]
 #[ignore = "needs httpx-sse and sseclient-py"]
 fn clients_in_python() {
@@ -312,4 +307,84 @@ fn clients_in_node() {
     let seen = text_of("node", &[&script, &format!("http://{}", server.address)]);
     assert_eq!(seen, "start,stdout,exit\nstart\nstdout\nexit\n204\n");
     assert_eq!(server.log().matches(" run ").count(), 2);
+}
+
+#[test]
+#[ignore = "needs curl, nginx and haproxy"]
+fn clients_of_four_instances() {
+    let servers = [(); 4].map(|()| Server::start(&["--max-connections", "2"]));
+    // Each of many: the command that README shows.
+    let addresses = servers.each_ref().map(|server| server.address.as_str());
+    let script = format!(
+        "printf '%s\\n' {} | xargs -P 8 -I '{{}}' curl -sN -H 'Accept: text/plain' 'http://{{}}/run?command=echo+{{}}'",
+        addresses.join(" ")
+    );
+    let answers = text_of("sh", &["-c", &script]);
+    let (mut answers, mut expected) = (answers.lines().collect::<Vec<_>>(), addresses);
+    answers.sort_unstable();
+    expected.sort_unstable();
+    assert_eq!(answers, expected);
+    // Interchangeable ones: eight streams at once fill all four, through either proxy.
+    let folder = Folder::new();
+    let (nginx_port, haproxy_port) = (free_port(), free_port());
+    let upstreams = addresses.map(|address| format!("server {address} max_fails=0;"));
+    let location = "proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host localhost; \
+        proxy_buffering off; proxy_next_upstream error timeout http_503;";
+    let _nginx = nginx(&folder, nginx_port, &upstreams.concat(), location);
+    let names = ["a", "b", "c", "d"];
+    let lines = names.iter().zip(addresses);
+    let lines = lines.map(|(name, address)| format!(" server {name} {address}\n"));
+    let backend = " http-request set-header Host localhost\n retries 4\n option redispatch 1\n retry-on conn-failure 503\n balance roundrobin\n";
+    let other = Folder::new();
+    let _haproxy = haproxy(
+        &other,
+        haproxy_port,
+        &format!("{backend}{}", lines.collect::<String>()),
+    );
+    for port in [nginx_port, haproxy_port] {
+        let url = format!("http://127.0.0.1:{port}/run?command=sleep+1000");
+        let clients: Vec<_> = (0..8)
+            .map(|_| {
+                let mut curl = Command::new("curl");
+                curl.args(["-sN", &url]).stdout(Stdio::null());
+                Running(curl.spawn().unwrap(), "KILL")
+            })
+            .collect();
+        for server in &servers {
+            wait_for("two streams", || server.children().len() == 2);
+        }
+        drop(clients);
+        for server in &servers {
+            wait_for("no stream", || server.children().is_empty());
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs slowhttptest"]
+fn clients_that_are_slow_do_not_keep_out_a_good_one() {
+    let server = Server::start(&["--max-connections", "400", "--stall", "3"]);
+    let rest = server.at_rest();
+    let url = format!("http://{}/run?command=yes", server.address);
+    // Slow heads, slow content, slow reading.
+    let modes: [&[&str]; 3] = [
+        &["-H"],
+        &["-B", "-s", "100000"],
+        &["-X", "-z", "32", "-w", "10", "-y", "20", "-n", "2"],
+    ];
+    for mode in modes {
+        let mut attack = Command::new("slowhttptest");
+        attack.args(mode);
+        attack.args(["-c", "100", "-r", "100", "-i", "1", "-l", "8", "-u", &url]);
+        let attack = attack.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let mut attack = Running(attack.unwrap(), "KILL");
+        wait_for("the attack", || server.threads() > 50);
+        let mut served = 0;
+        while attack.0.try_wait().unwrap().is_none() {
+            assert_eq!(outcome(&server.run("true")), "exited:0", "{mode:?}");
+            served += 1;
+        }
+        assert!(served > 20, "{mode:?}: {served}");
+    }
+    server.comes_to_rest(rest);
 }

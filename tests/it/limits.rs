@@ -50,17 +50,6 @@ fn limited(limits: &str) -> Server {
     Server::start_command(command)
 }
 
-/// Processor time of the server so far, in clock ticks.
-fn processor_time(server: &Server) -> u64 {
-    let ticks = |field| {
-        stat_field(server.process.id(), field)
-            .unwrap()
-            .parse::<u64>()
-            .unwrap()
-    };
-    ticks(11) + ticks(12)
-}
-
 #[test]
 fn without_descriptors_it_refuses_and_recovers() {
     let server = limited("ulimit -n 24");
@@ -82,9 +71,9 @@ fn without_descriptors_it_refuses_and_recovers() {
     assert_eq!(refused.status, 503);
     // Idle connections take up what is left; the processor stays idle.
     let idle: Vec<_> = (0..40).map(|_| server.connect()).collect();
-    let before = processor_time(&server);
+    let before = server.processor_time();
     std::thread::sleep(Duration::from_secs(2));
-    assert!(processor_time(&server) - before < 40, "it spins");
+    assert!(server.processor_time() - before < 40, "it spins");
     drop((held, idle));
     server.comes_to_rest(rest);
     assert_eq!(outcome(&server.run("true")), "exited:0");

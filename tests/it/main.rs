@@ -8,6 +8,8 @@ mod life;
 mod limits;
 mod network;
 mod requests;
+mod soak;
 mod start;
+mod starved;
 mod stream;
 mod support;

@@ -133,7 +133,7 @@ impl Server {
         (self.threads(), self.descriptors())
     }
 
-    fn threads(&self) -> usize {
+    pub fn threads(&self) -> usize {
         self.count("task")
     }
 
@@ -144,6 +144,17 @@ impl Server {
     fn count(&self, folder: &str) -> usize {
         let folder = format!("/proc/{}/{folder}", self.process.id());
         std::fs::read_dir(folder).unwrap().count()
+    }
+
+    /// Processor time of the server so far, in clock ticks.
+    pub fn processor_time(&self) -> u64 {
+        let ticks = |field| {
+            stat_field(self.process.id(), field)
+                .unwrap()
+                .parse::<u64>()
+                .unwrap()
+        };
+        ticks(11) + ticks(12)
     }
 
     /// The processes whose parent is the server.
@@ -519,4 +530,10 @@ impl Drop for Folder {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// The folder where .ci/run has installed the libraries.
+pub fn libraries() -> String {
+    std::env::var("TEST_LIBRARIES")
+        .expect("TEST_LIBRARIES names a folder with a Python environment and node_modules")
 }
