@@ -15,6 +15,8 @@ use std::{fmt, fs, io, io::ErrorKind};
 /// All times are kept to within a tick. A client that is gone may take two of them to tell from one that has only finished sending,
 /// and its command is to be told within half a second.
 pub const TICK: Duration = Duration::from_millis(100);
+/// How long [`Listener::accept`] waits before the server looks for a signal that came just before it waited.
+const ACCEPT_WAIT: Duration = Duration::from_millis(250);
 /// A burst of clients waits in the backlog; beyond it they would wait a second for their SYN to be sent again.
 const BACKLOG: i32 = 4096;
 
@@ -97,10 +99,10 @@ impl Listener {
         Ok(Listener { socket, name, file })
     }
 
-    /// The next connection, if one comes within `wait`, ready for use: written at once, a peer that acknowledges nothing for `stall`
+    /// The next connection, if one comes soon, ready for use: written at once, a peer that is silent for `idle` and for `stall` more
     /// taken for dead.
-    pub fn accept(&self, wait: Duration, stall: Duration) -> io::Result<Option<Connection>> {
-        if sys::ready(&self.socket, sys::POLLIN, wait) == 0 {
+    pub fn accept(&self, idle: Duration, stall: Duration) -> io::Result<Option<Connection>> {
+        if sys::ready(&self.socket, sys::POLLIN, ACCEPT_WAIT) == 0 {
             return Ok(None);
         }
         let socket = sys::accept(&self.socket)?;
@@ -108,7 +110,7 @@ impl Listener {
         socket.set_write_timeout(Some(TICK))?;
         // A Unix socket has no such options, and no address.
         let _ = socket.set_nodelay(true);
-        sys::set_user_timeout(&socket, stall);
+        sys::watch_peer(&socket, idle, stall);
         let peer = socket.peer_addr();
         let peer = peer.map_or("unix".to_string(), |peer| peer.to_string());
         let deadline = Mutex::new(Instant::now());

@@ -67,8 +67,9 @@ impl Manner<'_> {
         let stays = when(!self.close, "Connection: keep-alive\r\n");
         let chunks = when(is_chunked, "Transfer-Encoding: chunked\r\n");
         let trailer = when(is_chunked && !is_events, TRAILER);
-        let fields = format!("Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n{chunks}");
-        self.start("200 OK", &format!("{media_type}{fields}{trailer}{stays}"))
+        let fields = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
+        let fields = format!("{fields}X-Accel-Buffering: no\r\n{chunks}{trailer}");
+        self.start("200 OK", &fields)
     }
 
     fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {

@@ -20,8 +20,6 @@ const MOST_SKIPPED: u64 = 1 << 20;
 const LARGEST_FORM: u64 = 64 << 10;
 /// How long a client that was told that the connection ends may pause in sending; fifteen times that it may go on.
 const LINGER_PAUSE: Duration = Duration::from_secs(2);
-/// How long the accepting thread waits for a connection before it looks for a signal that came just before it waited.
-const ACCEPT_WAIT: Duration = Duration::from_millis(250);
 /// `accept` fails at once as long as descriptors are out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Clients beyond the cap that are being told so.
@@ -53,11 +51,12 @@ pub fn serve(listener: Listener, config: Config) -> io::Result<()> {
         null,
         served,
     });
+    let limits = &server.config.limits;
     let spare = || server.null.try_clone().ok();
     // Given up when descriptors are out, so that a client more can be told so.
     let mut reserve = spare();
     while sys::signals() == 0 {
-        match listener.accept(ACCEPT_WAIT, server.config.limits.stall) {
+        match listener.accept(limits.heartbeat, limits.stall) {
             Ok(None) => {}
             Ok(Some(client)) => {
                 reserve = reserve.or_else(spare);
@@ -73,7 +72,7 @@ pub fn serve(listener: Listener, config: Config) -> io::Result<()> {
     drop(listener);
     log::line(format_args!("shutdown"));
     // The served end by themselves once a signal has come, after their commands.
-    let mut deadline = Instant::now() + server.config.limits.grace + AFTER_GRACE;
+    let mut deadline = Instant::now() + limits.grace + AFTER_GRACE;
     while Arc::strong_count(&server.served) > 1 && Instant::now() < deadline {
         if sys::signals() > 1 {
             deadline = deadline.min(Instant::now() + AFTER_SECOND_SIGNAL);
@@ -209,7 +208,8 @@ fn run(
         let (peer, pid, line) = (&client.peer, child.pid, quoted(&order.line));
         log::line(format_args!("run peer={peer} pid={pid} command={line}"));
         let done = run::run(child, client, &server.config.limits, stream);
-        client.allow(REQUEST_TIME);
+        // The next request comes after what the feeder still reads.
+        client.allow(REQUEST_TIME * u32::from(!head.wants_close()));
         done
     })
 }

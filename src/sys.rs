@@ -222,14 +222,16 @@ pub fn set_backlog(listening: &TcpListener, backlog: c_int) {
     unsafe { listen(listening.as_raw_fd(), backlog) };
 }
 
-/// Declares the peer dead when what was sent stays unacknowledged for `limit` (RFC 5482).
-pub fn set_user_timeout(stream: &TcpStream, limit: Duration) {
-    const IPPROTO_TCP: c_int = 6;
-    const TCP_USER_TIMEOUT: c_int = 18;
-    let millis = limit.as_millis().min(c_int::MAX as u128) as c_uint;
-    let fd = stream.as_raw_fd();
-    // SAFETY: the option's value is an unsigned int, 4 bytes, read during the call.
-    unsafe { setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &millis, 4) };
+/// Declares the peer dead when it acknowledges nothing for `stall`: neither what was sent (RFC 5482), nor the probes that begin after
+/// `idle` without any traffic, of which TCP has only whole seconds.
+pub fn watch_peer(stream: &TcpStream, idle: Duration, stall: Duration) {
+    let seconds = idle.as_secs().clamp(1, 32_767) as c_uint;
+    let millis = stall.as_millis().min(c_int::MAX as u128) as c_uint;
+    // SO_KEEPALIVE of SOL_SOCKET; TCP_KEEPIDLE, TCP_KEEPINTVL and TCP_USER_TIMEOUT of IPPROTO_TCP.
+    for (level, name, value) in [(1, 9, 1), (6, 4, seconds), (6, 5, seconds), (6, 18, millis)] {
+        // SAFETY: each option's value is an int, 4 bytes, read during the call.
+        unsafe { setsockopt(stream.as_raw_fd(), level, name, &value, 4) };
+    }
 }
 
 /// Sets which permissions new files are without, and returns what it was before. Call it before any thread is started.

@@ -69,18 +69,23 @@ fn network_a_dead_peer_is_noticed() {
         "0.5",
     ]);
     let server = Server::start_command(command);
-    let begin = |command: &str| {
+    let begin = |command: &str, accept: &str| {
         let url = format!("http://{}{}", server.address, run_target(command));
         let mut curl = network.command(1, "curl");
         Client(
-            curl.args(["-sN", &url])
+            curl.args(["-sN", "-H", &format!("Accept: {accept}"), &url])
                 .stdout(Stdio::null())
                 .spawn()
                 .unwrap(),
         )
     };
-    let _clients = [begin("sleep 1000"), begin("yes")];
-    wait_for("both commands", || server.children().len() == 2);
+    // Plain text has no heartbeat.
+    let _clients = [
+        begin("sleep 1000", "text/event-stream"),
+        begin("yes", "text/event-stream"),
+        begin("sleep 1001", "text/plain"),
+    ];
+    wait_for("all commands", || server.children().len() == 3);
     let commands = server.children();
     std::thread::sleep(Duration::from_millis(500));
     assert!(commands.iter().all(|&pid| is_alive(pid)));

@@ -573,6 +573,33 @@ fn a_command_that_reads_slowly_slows_its_client() {
 }
 
 #[test]
+fn content_may_come_after_its_command_has_ended() {
+    let server = Server::start(&[]);
+    let begin = |connection: &str| {
+        let mut client = server.connect();
+        let fields = format!("Host: {}\r\n{connection}", server.address);
+        client.write(format!(
+            "POST /run?command=head+-c+1 HTTP/1.1\r\n{fields}Content-Length: 10\r\n\r\n123"
+        ));
+        assert_eq!(output(&client.response().events(), "stdout"), "1");
+        client
+    };
+    // It is read to its end, since the next request comes after it.
+    let mut client = begin("");
+    let next = format!("GET /none HTTP/1.1\r\nHost: {}\r\n\r\n", server.address);
+    client.write(format!("4567890{next}"));
+    assert_eq!(client.response().status, 404);
+    // Where no request follows, nobody waits for it.
+    let start = Instant::now();
+    assert!(begin("Connection: close\r\n").is_closed());
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
 fn content_that_breaks_off_ends_the_command() {
     let server = Server::start(&[]);
     let host = &server.address;

@@ -136,7 +136,7 @@ fn memory(server: &Server) -> u64 {
 
 #[test]
 #[ignore = "takes as long as SOAK_SECONDS says"]
-fn soak() {
+fn soak_of_mixed_load() {
     let seconds = std::env::var("SOAK_SECONDS").map_or(60, |text| text.parse().unwrap());
     let end = Instant::now() + Duration::from_secs(seconds);
     let server = Server::start(&["--grace", "0.5"]);
