@@ -241,9 +241,12 @@ impl<R: Read> Content<R> {
     /// RFC 9112 section 7.1. Extensions and trailer fields are read and ignored.
     fn next_chunk(&mut self) -> Result<()> {
         let line = self.chunk_line(LONGEST_CHUNK_LINE)?;
-        let (size, extensions) = line.split_once(';').unwrap_or((&line, ""));
+        let (size, extensions) = match line.split_once(';') {
+            Some((size, extensions)) => (size.trim_end_matches(OWS), extensions),
+            None => (line.as_str(), ""),
+        };
         ensure(is_text(extensions), MALFORMED_CHUNK)?;
-        self.left = number(size.trim_end_matches(OWS), 16).ok_or(MALFORMED_CHUNK)?;
+        self.left = number(size, 16).ok_or(MALFORMED_CHUNK)?;
         if self.left == 0 {
             self.fields(LONGEST_HEAD).map_err(|_| MALFORMED_CHUNK)?;
             self.chunked = false;

@@ -182,6 +182,7 @@ fn chunk_sizes() {
         ("-5", None),
         ("0x5", None),
         ("5 5", None),
+        ("5 ", None),
         (" 5", None),
         ("5;\u{1}", None),
     ];
