@@ -5,7 +5,7 @@
 //! may keep a pipe open, and nothing else wakes a thread that is blocked in `read`. The way not taken, a signal to the thread, saves
 //! a call for each piece of output and costs a handler, and a loop for the signal that comes too early.
 
-use crate::listener::{Connection, Input, TICK};
+use crate::listener::{Connection, TICK};
 use crate::request::{Answer, Content, Result};
 use crate::sys::{self, POLLIN, POLLOUT};
 use std::io::{self, Read, Write};
@@ -29,7 +29,7 @@ const READER_TICK: Duration = Duration::from_millis(250);
 const MOST_IN_PIPE: usize = 1 << 20;
 
 /// A connection's input, with the content of a request that may be a command's standard input.
-pub type Feed<'a> = Content<Input<'a>>;
+pub type Feed<'a> = Content<&'a Connection>;
 
 /// The thread that feeds a command. It returns the command's standard input where the content broke off or was malformed.
 pub type Feeder<'a> = ScopedJoinHandle<'a, Option<File>>;

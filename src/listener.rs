@@ -11,9 +11,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{fmt, fs, io, io::ErrorKind};
 
-/// The longest that a read, a write or a wait for a connection blocks in one call, so that each can see what else has happened.
-/// All times are kept to within a tick. A client that is gone may take two of them to tell from one that has only finished sending,
-/// and its command is to be told within half a second.
+/// The longest that a read or a write blocks in one call, so that each can see what else has happened. All times are kept to within
+/// a tick.
 pub const TICK: Duration = Duration::from_millis(100);
 /// How long [`Listener::accept`] waits before the server looks for a signal that came just before it waited.
 const ACCEPT_WAIT: Duration = Duration::from_millis(250);
@@ -42,10 +41,6 @@ pub struct Connection {
     /// When reads are given up.
     deadline: Mutex<Instant>,
 }
-
-/// The reading side of a connection. A read fails with `TimedOut` at the deadline, however many have succeeded before, and with another
-/// error when the server ends.
-pub struct Input<'a>(pub &'a Connection);
 
 impl Address {
     /// `IP:PORT`, `[IPv6]:PORT`, `PORT` (on 127.0.0.1) or `unix:PATH`.
@@ -150,10 +145,11 @@ impl Connection {
     }
 }
 
-impl io::Read for Input<'_> {
+/// A read fails with `TimedOut` at the deadline, however many have succeeded before, and with another error when the server ends.
+impl io::Read for &Connection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while !self.0.is_late() {
-            match (&self.0.socket).read(buffer) {
+        while !self.is_late() {
+            match (&self.socket).read(buffer) {
                 Err(error) if is_passing(&error) && sys::signals() == 0 => {}
                 other => return other,
             }

@@ -17,6 +17,9 @@ use std::sync::mpsc::RecvTimeoutError::{Disconnected, Timeout};
 use std::time::{Duration, Instant};
 use std::{fs::File, iter::once, os::unix::prelude::*, thread};
 
+/// How often a client that may be gone is written to. With a tick to see the answer, that is told from one that has only finished
+/// sending well within half a second.
+const PROBE: Duration = Duration::from_millis(200);
 /// What a command left running may pause for before the stream ends.
 const QUIET: Duration = Duration::from_millis(250);
 /// What is ready is sent in one write, once it is about this long; a last piece may add six times its length.
@@ -142,9 +145,10 @@ impl Run<'_> {
             // A connection's end looks like a half-close, or hides behind content that is not read. A comment brings it out: it is
             // answered with a reset, which the next look sees.
             let unsure = half_closed || (state != 0 && self.child.feeder.is_some());
+            let longest = if unsure { PROBE } else { limits.heartbeat };
             if state & sys::POLLGONE != 0 || (half_closed && !self.stream.events) {
                 self.lose("gone");
-            } else if unsure || now - self.written >= limits.heartbeat {
+            } else if now - self.written >= longest {
                 self.stream.comment();
                 self.written = now;
             }

@@ -1,7 +1,7 @@
 //! The accept loop, the connection cap, the shutdown, and the path of one connection.
 
 use crate::child::{Child, Feed, exhausted, start_feeder, thread_builder};
-use crate::listener::{Connection, Input, Listener, is_passing};
+use crate::listener::{Connection, Listener, is_passing};
 use crate::log::{self, quoted};
 use crate::request::{Answer, Content, Head, Result, ensure, form_value};
 use crate::response::{self, CONTINUE, Manner, PAGE_METHODS, RUN_METHODS};
@@ -105,7 +105,7 @@ fn start_conversation(server: &Arc<Server>, client: Arc<Connection>) {
 
 /// The requests of the connection, one after the other.
 fn converse(server: &Server, client: &Connection, is_served: bool) {
-    let mut content = Content::new(Input(client));
+    let mut content = Content::new(client);
     client.allow(REQUEST_TIME);
     while exchange(server, client, is_served, &mut content) {
         client.allow(IDLE_TIME);
@@ -258,13 +258,12 @@ fn write(server: &Server, client: &Connection, mut bytes: &[u8]) {
 
 /// Says that nothing more comes, and reads what still does, until the client pauses: closing a socket with unread input would send
 /// a reset, which can eat the answer on its way (RFC 9112 section 9.6).
-fn linger(client: &Connection, pause: Duration) {
+fn linger(mut client: &Connection, pause: Duration) {
     let _ = client.socket.shutdown(Shutdown::Write);
     let deadline = Instant::now() + pause * 15;
-    let goes_on = || {
+    let mut goes_on = || {
         client.allow(pause);
-        let read = Input(client).read(&mut [0; 4096]);
-        read.is_ok_and(|length| length > 0)
+        client.read(&mut [0; 4096]).is_ok_and(|length| length > 0)
     };
     while goes_on() && Instant::now() < deadline {}
 }

@@ -138,6 +138,8 @@ pub fn start_guardian() -> io::Result<()> {
         }
         if fork() == 0 {
             setsid();
+            // Who kills the server by its name is not to hit this too.
+            let _ = std::fs::write("/proc/self/comm", "sse-guardian");
             drop(pipe);
             let _ = File::from(end).read(&mut [0]);
             let guarded = groups.iter().map(|place| place.load(SeqCst));

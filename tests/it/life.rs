@@ -407,3 +407,51 @@ fn commands_do_not_outlive_a_server_that_is_killed() {
     pids.into_iter().for_each(is_gone);
     assert!(killed.elapsed() < Duration::from_secs(1));
 }
+
+#[test]
+fn the_guardian_is_small_and_ends_with_the_server() {
+    let mark = format!("MARK={}", std::process::id());
+    let mut command = Command::new(BINARY);
+    command
+        .args(["--listen", "127.0.0.1:0"])
+        .env("MARK", &mark[5..]);
+    let mut server = Server::start_command(command);
+    // Whoever was started with the mark, and has it still.
+    let marked = || -> Vec<(u32, String)> {
+        let processes = std::fs::read_dir("/proc").unwrap().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        let has_mark = |pid: &u32| {
+            let environment = std::fs::read(format!("/proc/{pid}/environ"));
+            environment.is_ok_and(|it| it.split(|&byte| byte == 0).any(|it| it == mark.as_bytes()))
+        };
+        let name = |pid| std::fs::read_to_string(format!("/proc/{pid}/comm"));
+        let named = pids
+            .filter(has_mark)
+            .filter_map(|pid| Some((pid, name(pid).ok()?)));
+        named.collect()
+    };
+    let pid = server.process.id();
+    let others: Vec<_> = marked()
+        .into_iter()
+        .filter(|other| other.0 != pid)
+        .collect();
+    let [(guardian, name)] = &others[..] else {
+        panic!("{others:?}");
+    };
+    assert_eq!(name, "sse-guardian\n");
+    assert_ne!(stat_field(*guardian, 1), Some(pid.to_string()));
+    assert_ne!(stat_field(*guardian, 3), stat_field(pid, 3));
+    let memory = std::fs::read_to_string(format!("/proc/{guardian}/smaps_rollup")).unwrap();
+    let private = memory.lines().filter(|line| line.starts_with("Private_"));
+    let kilobytes = private.map(|line| {
+        line.split_whitespace()
+            .nth(1)
+            .unwrap()
+            .parse::<u32>()
+            .unwrap()
+    });
+    assert!(kilobytes.sum::<u32>() < 300, "{memory}");
+    server.signal("TERM");
+    server.exit_status();
+    wait_for("the guardian to end", || marked().is_empty());
+}
