@@ -427,12 +427,9 @@ fn a_head_that_trickles_has_ten_seconds() {
         }
     });
     assert_eq!(client.response().status, 408);
-    assert!(
-        start.elapsed() >= Duration::from_secs(9),
-        "{:?}",
-        start.elapsed()
-    );
     assert_eq!(silent.response().status, 408);
+    let took = start.elapsed().as_secs();
+    assert!((9..20).contains(&took), "{took} s");
     client
         .stream
         .get_ref()

@@ -201,6 +201,22 @@ fn a_hang_up_on_a_unix_socket_kills() {
     server.logged(&["exit peer=unix", "out=gone"]);
 }
 
+/// There is no TCP to give the client up.
+#[test]
+fn a_stall_on_a_unix_socket_kills() {
+    let folder = Folder::new();
+    let socket = folder.path("socket");
+    let mut command = Command::new(BINARY);
+    command.args(["--listen", &format!("unix:{socket}"), "--stall", "1"]);
+    let server = Server::start_command(command);
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream
+        .write_all(b"GET /run?command=yes HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .unwrap();
+    server.logged(&["exit peer=unix", "out=stalled"]);
+    assert!(server.children().is_empty());
+}
+
 #[test]
 fn a_dead_server_s_socket_is_replaced() {
     let folder = Folder::new();
