@@ -202,7 +202,8 @@ fn a_client_that_reads_slowly_slows_the_command() {
 
 #[test]
 fn what_a_command_leaves_running_may_print_for_a_moment() {
-    let server = Server::start(&[]);
+    // It is the pause that ends it.
+    let server = Server::start(&["--grace", "1000"]);
     let start = Instant::now();
     let events =
         server.run("sh -c '(sleep 0.1; echo late; sleep 0.1; echo later; sleep 1000) & echo $!'");
