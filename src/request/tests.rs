@@ -218,6 +218,7 @@ fn a_first_chunk_is_looked_at_with_the_head() {
         ("5\r\n", Ok(())),
         ("0\r\n\r\n", Ok(())),
         ("zz\r\n", Err(MALFORMED_CHUNK)),
+        ("zz\r\n0\r\n\r\n", Err(MALFORMED_CHUNK)),
         ("\r\n", Err(MALFORMED_CHUNK)),
     ] {
         let request = format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{begun}");

@@ -177,6 +177,8 @@ fn a_client_that_does_not_read_is_given_up() {
 #[test]
 fn a_client_that_reads_slowly_slows_the_command() {
     let server = Server::start(&[]);
+    server.run("true");
+    let before = server.memory();
     let (mut client, pid) = server.begin("yes");
     let written = || {
         let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
@@ -190,6 +192,8 @@ fn a_client_that_reads_slowly_slows_the_command() {
         std::thread::sleep(Duration::from_millis(300));
         std::mem::replace(&mut last, written()) == last
     });
+    let more = server.memory() - before;
+    assert!(more < 1024, "{more} kB");
     // It goes on where the client does.
     let mut buffer = vec![0; 1 << 20];
     for _ in 0..30 {
@@ -296,6 +300,22 @@ fn signals_end_the_server_and_every_command() {
         assert!(std::net::TcpStream::connect(&server.address).is_err());
         server.logged(&["shutdown"]);
     }
+}
+
+/// Who says nothing is not waited for.
+#[test]
+fn idle_connections_do_not_hold_up_the_end() {
+    let mut server = Server::start(&["--grace", "1000"]);
+    let mut served = server.connect();
+    served.write(format!(
+        "GET /none HTTP/1.1\r\nHost: {}\r\n\r\n",
+        server.address
+    ));
+    assert_eq!(served.response().status, 404);
+    let (_silent, (ended, _)) = (server.connect(), server.begin("true"));
+    drop(ended);
+    server.signal("TERM");
+    assert_eq!(server.exit_status().code(), Some(0));
 }
 
 #[test]

@@ -123,17 +123,6 @@ fn load(server: &Server, seed: u64, end: Instant) -> usize {
     completed.into_inner()
 }
 
-/// Resident memory in kB.
-fn memory(server: &Server) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.process.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    line.unwrap()
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()
-        .unwrap()
-}
-
 #[test]
 #[ignore = "takes as long as SOAK_SECONDS says"]
 fn soak_of_mixed_load() {
@@ -143,10 +132,10 @@ fn soak_of_mixed_load() {
     let rest = server.at_rest();
     let mut completed = load(&server, 1, Instant::now() + WARM_UP);
     server.comes_to_rest(rest);
-    let before = memory(&server);
+    let before = server.memory();
     completed += load(&server, 2, end);
     server.comes_to_rest(rest);
-    let after = memory(&server);
+    let after = server.memory();
     println!("{completed} streams ran to their end; {before} kB, then {after} kB");
     assert!(completed > 100, "{completed}");
     assert!(after <= before + 3 * 1024, "{before} kB, then {after} kB");

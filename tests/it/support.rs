@@ -157,6 +157,15 @@ impl Server {
         ticks(11) + ticks(12)
     }
 
+    /// Resident memory in kB.
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()));
+        let status = status.unwrap();
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     /// The processes whose parent is the server.
     pub fn children(&self) -> Vec<u32> {
         let parent = self.process.id().to_string();
@@ -219,6 +228,12 @@ pub struct Event {
 }
 
 impl Client {
+    pub fn of(stream: TcpStream) -> Client {
+        Client {
+            stream: BufReader::new(stream),
+        }
+    }
+
     pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
         // A server that has said its refusal may close at any time.
         let _ = self.stream.get_mut().write_all(bytes.as_ref());
