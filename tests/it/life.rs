@@ -218,7 +218,7 @@ fn what_a_command_leaves_running_may_print_for_a_moment() {
         (lines.collect::<Vec<_>>(), outcome(&events).as_str()),
         (vec!["late", "later"], "exited:0")
     );
-    assert!(!is_alive(pid));
+    is_gone(pid);
     assert!(
         start.elapsed() < Duration::from_secs(3),
         "{:?}",
