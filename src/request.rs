@@ -83,6 +83,7 @@ pub enum Answer {
 
 pub type Result<T> = std::result::Result<T, Answer>;
 
+/// An error with `otherwise`, unless it is so.
 pub fn ensure(is_so: bool, otherwise: Answer) -> Result<()> {
     if is_so { Ok(()) } else { Err(otherwise) }
 }
