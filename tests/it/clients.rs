@@ -66,21 +66,47 @@ fn proxy(folder: &Folder, program: &str, configuration: &str, port: u16) -> Runn
     running
 }
 
-fn nginx(folder: &Folder, port: u16, upstreams: &str, location: &str) -> Running {
+/// The example of the README that begins with this line, with `port` to listen on and `servers` instead of its own two.
+fn shown(first: &str, port: u16, servers: &str) -> String {
+    let lines = include_str!("../../README.md").lines();
+    let lines = lines.skip_while(|line| line.strip_prefix("    ") != Some(first));
+    let example = lines.take_while(|line| line.starts_with("    "));
+    let example: String = example.map(|line| format!("{}\n", &line[4..])).collect();
+    let example = example.replace("listen 8080", &format!("listen 127.0.0.1:{port}"));
+    let example = example.replace("bind :8080", &format!("bind 127.0.0.1:{port}"));
+    let is_server =
+        |line: &str| line.trim_start().starts_with("server ") && line.contains("127.0.0.1:300");
+    let (own, others): (Vec<&str>, Vec<&str>) = example.lines().partition(|line| is_server(line));
+    assert_eq!(own.len(), 2, "{example}");
+    let place = example.lines().position(is_server).unwrap();
+    [&others[..place], &[servers], &others[place..], &[""]]
+        .concat()
+        .join("\n")
+}
+
+/// nginx with what stands in `http`.
+fn nginx(folder: &Folder, port: u16, http: &str) -> Running {
     let configuration = format!(
         "pid nginx.pid; error_log error.log; worker_processes 1; events {{}}
         http {{ access_log off; client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path f; uwsgi_temp_path u; scgi_temp_path s;
-        upstream commander {{ {upstreams} }}
-        server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://commander; {location} }} }} }}"
+        {http} }}"
     );
     proxy(folder, "nginx", &configuration, port)
 }
 
-fn haproxy(folder: &Folder, port: u16, backend: &str) -> Running {
-    let configuration = format!(
-        "defaults\n mode http\n option abortonclose\n timeout connect 5s\n timeout client 1h\n timeout server 1h\nfrontend f\n bind 127.0.0.1:{port}\n default_backend b\nbackend b\n{backend}"
-    );
-    proxy(folder, "haproxy", &configuration, port)
+fn shown_nginx(folder: &Folder, port: u16, servers: &[&Server]) -> Running {
+    let lines = servers
+        .iter()
+        .map(|it| format!("server {} max_fails=0;", it.address));
+    let servers = lines.collect::<String>();
+    nginx(folder, port, &shown("upstream commander {", port, &servers))
+}
+
+fn shown_haproxy(folder: &Folder, port: u16, servers: &[&Server]) -> Running {
+    let lines = servers.iter().enumerate();
+    let lines = lines.map(|(number, it)| format!("server s{number} {}\n", it.address));
+    let servers = lines.collect::<String>();
+    proxy(folder, "haproxy", &shown("defaults", port, &servers), port)
 }
 
 /// Through `address`, events come one by one, and a client that leaves ends its command.
@@ -212,28 +238,18 @@ fn clients_behind_nginx() {
     // As it comes, nginx sends its upstream's name as Host, which rule 1 refuses, unless there is a token.
     let token = folder.write("token", "s3cret");
     let with_token = Server::start(&["--token-file", &token]);
-    let plain = nginx(
-        &folder,
-        port,
-        &format!("server {};", with_token.address),
-        "",
+    let plain = format!(
+        "server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{}; }} }}",
+        with_token.address
     );
+    let plain = nginx(&folder, port, &plain);
     streams_and_ends(&with_token, &address, &["Authorization: Bearer s3cret"]);
     drop(plain);
-    let (server, full, port) = (
-        Server::start(&[]),
-        Server::start(&["--max-connections", "1"]),
-        free_port(),
-    );
-    let address = format!("127.0.0.1:{port}");
+    let full = Server::start(&["--max-connections", "1"]);
+    let (server, port) = (Server::start(&[]), free_port());
     let (_held, _) = full.begin("sleep 1000");
-    let location = "proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host localhost; \
-        proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 1h; proxy_next_upstream error timeout http_503;";
-    let upstreams = format!(
-        "server {} max_fails=0; server {} max_fails=0;",
-        full.address, server.address
-    );
-    let _proxy = nginx(&folder, port, &upstreams, location);
+    let _proxy = shown_nginx(&folder, port, &[&full, &server]);
+    let address = format!("127.0.0.1:{port}");
     streams_and_ends(&server, &address, &[]);
     fails_over(&address);
 }
@@ -242,16 +258,30 @@ fn clients_behind_nginx() {
 #[ignore = "needs haproxy"]
 fn clients_behind_haproxy() {
     let (folder, port) = (Folder::new(), free_port());
-    let (server, full) = (
-        Server::start(&[]),
-        Server::start(&["--max-connections", "1"]),
+    // As it comes, HAProxy passes Host through and streams, but does not notice a client that leaves.
+    let server = Server::start(&[]);
+    let plain = format!(
+        "defaults\n mode http\n timeout connect 5s\n timeout client 1h\n timeout server 1h\nlisten l\n bind 127.0.0.1:{port}\n server s {}\n",
+        server.address
     );
+    let plain = proxy(&folder, "haproxy", &plain, port);
+    let url = format!(
+        "http://127.0.0.1:{port}{}",
+        run_target("sh -c 'echo hi; exit 3'")
+    );
+    let events = parse_events(text_of("curl", &["-sN", &url]).as_bytes());
+    assert_eq!(
+        (
+            output(&events, "stdout").as_str(),
+            outcome(&events).as_str()
+        ),
+        ("hi\n", "exited:3")
+    );
+    drop(plain);
+    let full = Server::start(&["--max-connections", "1"]);
     let (_held, _) = full.begin("sleep 1000");
-    let backend = format!(
-        " http-request set-header Host localhost\n retries 2\n option redispatch 1\n retry-on conn-failure 503\n balance roundrobin\n server a {}\n server b {}\n",
-        full.address, server.address
-    );
-    let _proxy = haproxy(&folder, port, &backend);
+    let port = free_port();
+    let _proxy = shown_haproxy(&folder, port, &[&full, &server]);
     let address = format!("127.0.0.1:{port}");
     streams_and_ends(&server, &address, &[]);
     fails_over(&address);
@@ -327,20 +357,9 @@ fn clients_of_four_instances() {
     // Interchangeable ones: eight streams at once fill all four, through either proxy.
     let folder = Folder::new();
     let (nginx_port, haproxy_port) = (free_port(), free_port());
-    let upstreams = addresses.map(|address| format!("server {address} max_fails=0;"));
-    let location = "proxy_http_version 1.1; proxy_set_header Connection \"\"; proxy_set_header Host localhost; \
-        proxy_buffering off; proxy_next_upstream error timeout http_503;";
-    let _nginx = nginx(&folder, nginx_port, &upstreams.concat(), location);
-    let names = ["a", "b", "c", "d"];
-    let lines = names.iter().zip(addresses);
-    let lines = lines.map(|(name, address)| format!(" server {name} {address}\n"));
-    let backend = " http-request set-header Host localhost\n retries 4\n option redispatch 1\n retry-on conn-failure 503\n balance roundrobin\n";
+    let _nginx = shown_nginx(&folder, nginx_port, &servers.each_ref());
     let other = Folder::new();
-    let _haproxy = haproxy(
-        &other,
-        haproxy_port,
-        &format!("{backend}{}", lines.collect::<String>()),
-    );
+    let _haproxy = shown_haproxy(&other, haproxy_port, &servers.each_ref());
     for port in [nginx_port, haproxy_port] {
         let url = format!("http://127.0.0.1:{port}/run?command=sleep+1000");
         let clients: Vec<_> = (0..8)
