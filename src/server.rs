@@ -130,7 +130,9 @@ fn exchange(server: &Server, client: &Connection, is_served: bool, content: &mut
             // Whether a client that was not told to go on sends its content all the same cannot be known.
             let is_unclear = content.awaits_continue || content.left > MOST_SKIPPED;
             close |= is_unclear || response::ends_connection(&answer);
-            reply(server, client, &head, &answer, close);
+            if !reply(server, client, &head, &answer, close) {
+                return false;
+            }
             client.allow(REQUEST_TIME);
         }
     }
@@ -216,8 +218,8 @@ fn run(
     })
 }
 
-/// Answers with anything but a command's output.
-fn reply(server: &Server, client: &Connection, head: &Head, answer: &Answer, close: bool) {
+/// Answers with anything but a command's output. Returns whether all of it was written.
+fn reply(server: &Server, client: &Connection, head: &Head, answer: &Answer, close: bool) -> bool {
     let (status, why) = response::explain(answer);
     let (peer, code, target) = (&client.peer, &status[..3], quoted(head.target.as_bytes()));
     let told = match answer {
@@ -231,7 +233,7 @@ fn reply(server: &Server, client: &Connection, head: &Head, answer: &Answer, clo
     if !why.is_empty() {
         log::line(format_args!("{told} why={}", quoted(why.as_bytes())));
     }
-    write(server, client, &manner(server, head, close).render(answer));
+    write(server, client, &manner(server, head, close).render(answer))
 }
 
 fn manner<'a>(server: &Server, head: &'a Head, close: bool) -> Manner<'a> {
@@ -244,16 +246,17 @@ fn manner<'a>(server: &Server, head: &'a Head, close: bool) -> Manner<'a> {
     }
 }
 
-/// Writes an answer whole, unless the client is gone or does not read, as the next read will tell.
-fn write(server: &Server, client: &Connection, mut bytes: &[u8]) {
+/// Writes an answer whole, unless the client is gone or does not read.
+fn write(server: &Server, client: &Connection, mut bytes: &[u8]) -> bool {
     let deadline = Instant::now() + server.config.limits.stall;
     while !bytes.is_empty() && Instant::now() < deadline {
         match (&client.socket).write(bytes) {
             Ok(length) => bytes = &bytes[length..],
             Err(error) if is_passing(&error) => {}
-            Err(_) => return,
+            Err(_) => break,
         }
     }
+    bytes.is_empty()
 }
 
 /// Says that nothing more comes, and reads what still does, until the client pauses: closing a socket with unread input would send
