@@ -217,6 +217,31 @@ fn a_stall_on_a_unix_socket_kills() {
     assert!(server.children().is_empty());
 }
 
+/// Nothing follows an answer that breaks off, though more was asked for.
+#[test]
+fn an_answer_that_is_not_read_is_the_last() {
+    let folder = Folder::new();
+    let socket = folder.path("socket");
+    let mut command = Command::new(BINARY);
+    command.args(["--listen", &format!("unix:{socket}"), "--stall", "1"]);
+    let server = Server::start_command(command);
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    let request = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    stream.write_all(request.repeat(200).as_bytes()).unwrap();
+    wait_for("the connection's thread", || server.threads() == 2);
+    wait_for("the connection's end", || server.threads() == 1);
+    let mut answers = Vec::new();
+    // Closing with requests unread sends a reset.
+    let _ = stream.read_to_end(&mut answers);
+    let answers = String::from_utf8(answers).unwrap();
+    let answers = answers.split("HTTP/1.1 200 OK\r\n").skip(1);
+    let lengths: Vec<_> = answers.map(str::len).collect();
+    let (first, last) = (lengths[0], lengths[lengths.len() - 1]);
+    assert!(lengths.len() < 200 && last <= first, "{lengths:?}");
+    let whole = &lengths[..lengths.len() - 1];
+    assert!(whole.iter().all(|&length| length == first));
+}
+
 #[test]
 fn a_dead_server_s_socket_is_replaced() {
     let folder = Folder::new();
