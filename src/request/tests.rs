@@ -195,6 +195,24 @@ fn chunk_sizes() {
     }
 }
 
+/// Whitespace is what the grammar calls so: no other of Unicode's is taken off, and nothing is a coding too.
+#[test]
+fn codings_are_compared_to_the_letter() {
+    for (value, expected) in [
+        (&b" \tCHUNKED\t "[..], Ok(())),
+        (b"chunked\x85", Err(Answer::Coding)),
+        (b"\xa0chunked", Err(Answer::Coding)),
+        (b"chunked;x", Err(Answer::Coding)),
+        (b"", Err(Answer::Coding)),
+        (b"chunked,", Err(MALFORMED_CHUNK)),
+    ] {
+        let head = b"POST / HTTP/1.1\r\nTransfer-Encoding:";
+        let request = [&head[..], value, b"\r\n\r\n"].concat();
+        let read = Content::new(&request[..]).read_head(&mut Head::default());
+        assert_eq!(read, expected, "{value:?}");
+    }
+}
+
 #[test]
 fn a_chunk_s_end_is_looked_at() {
     for broken in [

@@ -113,6 +113,11 @@ fn log_lines_are_of_one_form_and_cannot_be_forged() {
     server.get("/run?command='%0d%0a%1b", "");
     server.send("GET /\" HTTP/1.1\r\nHost: x\r\n\r\n");
     server.logged(&["refuse", "status=421", "target=\"/\\\"\""]);
+    server.logged(&[
+        "exit",
+        "pid=0 out=failed code=127",
+        "why=\"cannot run nonesuch",
+    ]);
     let log = server.log();
     let is_time =
         |time: &str| time.len() == 24 && time.ends_with('Z') && time.as_bytes()[10] == b'T';
