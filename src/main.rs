@@ -56,9 +56,7 @@ fn start(token: Option<OsString>) -> Result<(), Exit> {
     sys::start_guardian().map_err(cannot("start the guardian".to_string()))?;
     let listening = listener::Listener::bind(&config.address);
     let listener = listening.map_err(cannot(format!("listen on {}", config.address)))?;
-    if let Some(token) = &config.policy.token {
-        log::TOKEN.get_or_init(|| token.clone());
-    }
+    let _ = config.policy.token.clone().map(|it| log::TOKEN.set(it));
     sys::count_signals();
     let name = &listener.name;
     log::line(format_args!("listen address={name}"));

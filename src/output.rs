@@ -1,9 +1,9 @@
 //! A command's output as the bytes that go to the client: UTF-8 decoded across reads, escaped for JSON, framed as Server-Sent Events
 //! (WHATWG HTML section 9.2) and as chunks (RFC 9112 section 7.1). Bytes in, bytes out; no I/O.
 //!
-//! All is appended to one batch, which the caller sends in one write as one chunk; each byte of output is copied once. Validation is
-//! std's; the search for what JSON must escape looks at eight bytes at a time, since most output has something to escape only at
-//! line ends.
+//! All is appended to one batch, which the caller sends in one write as one chunk; each byte of output is copied once. Text
+//! is validated a vector at a time; the search for what JSON must escape looks at eight bytes at a time, since most output has something
+//! to escape only at line ends. What is not UTF-8 is left to std.
 
 use crate::clock::unix_millis;
 use std::io::Write as _;

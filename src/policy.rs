@@ -49,19 +49,19 @@ impl Policy {
         let is_own = |site: &&str| ["same-origin", "none"].contains(site);
         ensure(
             sites.iter().all(is_own),
-            Forbidden("another site's page calls"),
+            Forbidden("another site's page calls (Sec-Fetch-Site)"),
         )?;
         let navigates = head.all("sec-fetch-mode").contains(&"navigate");
         ensure(
             head.path != "/run" || !navigates,
-            Forbidden("a link runs nothing"),
+            Forbidden("a link runs nothing (Sec-Fetch-Mode)"),
         )?;
         let agents = head.all("user-agent");
         let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
         let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
         ensure(
             is_known,
-            Forbidden("a browser that does not say from where"),
+            Forbidden("a browser without Origin and Sec-Fetch-Site"),
         )
     }
 
@@ -69,12 +69,12 @@ impl Policy {
     pub fn foreign_origin<'a>(&self, head: &'a Head) -> Result<Option<&'a str>> {
         let hosts = head.all("host");
         let host = head.authority.as_deref().or(hosts.first().copied());
-        let is_allowed = |origin: &str| self.origins.iter().any(|it| it == origin || it == "*");
+        let is_listed = |origin: &str| self.origins.iter().any(|it| it == origin || it == "*");
+        let is_allowed = |it: &str| it != "null" && it.is_ascii() && is_listed(it);
         match head.all("origin")[..] {
             [] => Ok(None),
             [origin] if host.is_some() && origin.strip_prefix("http://") == host => Ok(None),
-            ["null"] => Err(Forbidden("origin not allowed")),
-            [origin] if origin.is_ascii() && is_allowed(origin) => Ok(Some(origin)),
+            [origin] if is_allowed(origin) => Ok(Some(origin)),
             _ => Err(Forbidden("origin not allowed")),
         }
     }

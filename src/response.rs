@@ -124,7 +124,10 @@ pub fn explain(answer: &Answer) -> (&'static str, &str) {
         LineTooLong => ("414 URI Too Long", "request line over 8 KiB"),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
         Misdirected => ("421 Misdirected Request", "Host is not this address"),
-        HeadTooLarge => ("431 Request Header Fields Too Large", "head over 16 KiB"),
+        HeadTooLarge => (
+            "431 Request Header Fields Too Large",
+            "head over 16 KiB or 100 fields",
+        ),
         Coding => ("501 Not Implemented", "transfer coding not implemented"),
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
         Busy(why) => ("503 Service Unavailable", why),

@@ -200,11 +200,11 @@ fn run(
     }
     let stream = Stream::new(head.wants_events(), head.minor > 0, start);
     let is_fed = head.method == "POST" && !content.is_at_end();
-    let null = server.null.try_clone().map_err(exhausted)?;
+    let null = || server.null.try_clone().map_err(exhausted);
     thread::scope(|scope| {
         let (feeder, stdin) = match is_fed {
             true => start_feeder(scope, content, client)?,
-            false => (None, null.into()),
+            false => (None, null()?.into()),
         };
         let child = Child::start(&order.words, stdin, feeder);
         // Without a command the feeder ends at once.

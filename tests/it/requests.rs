@@ -637,14 +637,8 @@ fn mutilated_requests_do_no_harm() {
         5\r\nhello\r\n0\r\n\r\nGET / HTTP/1.1\r\nHost: {0}\r\nConnection: close\r\n\r\n",
         server.address
     );
-    let mut seed = 0x9e37_79b9_u32;
-    let mut random = |below: usize| {
-        // Marsaglia's xorshift.
-        for (left, by) in [(true, 13), (false, 17), (true, 5)] {
-            seed ^= if left { seed << by } else { seed >> by };
-        }
-        seed as usize % below
-    };
+    let mut numbers = Numbers(0x9e37_79b9);
+    let mut random = |below: usize| numbers.below(below as u64) as usize;
     for round in 0..400 {
         let mut bytes = whole.clone().into_bytes();
         for _ in 0..1 + round % 3 {

@@ -9,18 +9,6 @@ const CLIENTS: u64 = 16;
 /// After which memory is to stay where it is.
 const WARM_UP: Duration = Duration::from_secs(10);
 
-/// Numbers that are the same in every run (xorshift).
-struct Numbers(u64);
-
-impl Numbers {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
 /// A stream that ran to its end is complete by its byte counts.
 fn complete(events: &[Event], expected: &str) -> usize {
     assert_eq!(outcome(events), expected);

@@ -146,9 +146,10 @@ fn unix_request(socket: &str, request: &str) -> String {
     response
 }
 
-fn start_on_socket(socket: &str) -> Server {
+fn start_on_socket(socket: &str, options: &[&str]) -> Server {
     let mut command = Command::new(BINARY);
     command.args(["--listen", &format!("unix:{socket}")]);
+    command.args(options);
     Server::start_command(command)
 }
 
@@ -156,7 +157,7 @@ fn start_on_socket(socket: &str) -> Server {
 fn a_unix_socket_is_the_owner_s_alone_and_goes_with_the_server() {
     let folder = Folder::new();
     let socket = folder.path("socket");
-    let mut server = start_on_socket(&socket);
+    let mut server = start_on_socket(&socket, &[]);
     assert_eq!(server.address, socket);
     assert_eq!(
         std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
@@ -181,7 +182,7 @@ fn a_unix_socket_is_the_owner_s_alone_and_goes_with_the_server() {
 fn a_hang_up_on_a_unix_socket_kills() {
     let folder = Folder::new();
     let socket = folder.path("socket");
-    let server = start_on_socket(&socket);
+    let server = start_on_socket(&socket, &[]);
     let mut stream = UnixStream::connect(&socket).unwrap();
     stream
         .write_all(b"GET /run?command=sleep+1000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -206,9 +207,7 @@ fn a_hang_up_on_a_unix_socket_kills() {
 fn a_stall_on_a_unix_socket_kills() {
     let folder = Folder::new();
     let socket = folder.path("socket");
-    let mut command = Command::new(BINARY);
-    command.args(["--listen", &format!("unix:{socket}"), "--stall", "1"]);
-    let server = Server::start_command(command);
+    let server = start_on_socket(&socket, &["--stall", "1"]);
     let mut stream = UnixStream::connect(&socket).unwrap();
     stream
         .write_all(b"GET /run?command=yes HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -222,9 +221,7 @@ fn a_stall_on_a_unix_socket_kills() {
 fn an_answer_that_is_not_read_is_the_last() {
     let folder = Folder::new();
     let socket = folder.path("socket");
-    let mut command = Command::new(BINARY);
-    command.args(["--listen", &format!("unix:{socket}"), "--stall", "1"]);
-    let server = Server::start_command(command);
+    let server = start_on_socket(&socket, &["--stall", "1"]);
     let mut stream = UnixStream::connect(&socket).unwrap();
     let request = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
     stream.write_all(request.repeat(200).as_bytes()).unwrap();
@@ -247,11 +244,11 @@ fn a_dead_server_s_socket_is_replaced() {
     let folder = Folder::new();
     let socket = folder.path("socket");
     drop(UnixListener::bind(&socket).unwrap());
-    let mut server = start_on_socket(&socket);
+    let mut server = start_on_socket(&socket, &[]);
     server.process.kill().unwrap();
     server.process.wait().unwrap();
     assert!(std::path::Path::new(&socket).exists());
-    let server = start_on_socket(&socket);
+    let server = start_on_socket(&socket, &[]);
     assert!(unix_request(&server.address, "GET / HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 200 "));
 }
 
@@ -259,7 +256,7 @@ fn a_dead_server_s_socket_is_replaced() {
 fn somebody_else_s_socket_is_not_removed() {
     let folder = Folder::new();
     let socket = folder.path("socket");
-    let mut server = start_on_socket(&socket);
+    let mut server = start_on_socket(&socket, &[]);
     std::fs::remove_file(&socket).unwrap();
     let _other = UnixListener::bind(&socket).unwrap();
     server.signal("TERM");

@@ -552,3 +552,15 @@ pub fn libraries() -> String {
     std::env::var("TEST_LIBRARIES")
         .expect("TEST_LIBRARIES names a folder with a Python environment and node_modules")
 }
+
+/// Numbers that are the same in every run (Marsaglia's xorshift).
+pub struct Numbers(pub u64);
+
+impl Numbers {
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
