@@ -44,27 +44,27 @@ impl Config {
         let (limits, policy) = (&mut config.limits, &mut config.policy);
         let (mut token_file, mut no_token) = (None, false);
         while let Some(argument) = args.next() {
-            let given = match argument.split_once('=') {
+            let (name, mut value) = match argument.split_once('=') {
                 Some((name, value)) if name.starts_with("--") => (name, Some(value.to_string())),
-                _ if is_flag(&argument) => (argument.as_str(), None),
-                _ => (argument.as_str(), args.next()),
+                _ => (argument.as_str(), None),
             };
-            match given.0 {
-                "-l" | "--listen" => config.address = value(&given, Address::parse)?,
-                "--allow" => policy.allowed.push(value(&given, command_line)?),
-                "--token-file" => token_file = Some(value(&given, |path| Ok(path.to_string()))?),
-                "--allow-origin" => policy.origins.push(value(&given, origin)?),
-                "--max-connections" => config.max_connections = value(&given, count)?,
-                "--timeout" => limits.timeout = value(&given, seconds)?,
-                "--grace" => limits.grace = value(&given, seconds)?,
-                "--heartbeat" => limits.heartbeat = value(&given, some_seconds)?,
-                "--stall" => limits.stall = value(&given, some_seconds)?,
-                name if !is_flag(name) => return Err(wrong(format!("no option {name}"))),
-                name if given.1.is_some() => return Err(wrong(format!("{name} takes no value"))),
+            let mut given = || (name, value.take().or_else(|| args.next()));
+            match name {
+                "-l" | "--listen" => config.address = parse(given(), Address::parse)?,
+                "--allow" => policy.allowed.push(parse(given(), command_line)?),
+                "--token-file" => token_file = Some(parse(given(), |path| Ok(path.to_string()))?),
+                "--allow-origin" => policy.origins.push(parse(given(), origin)?),
+                "--max-connections" => config.max_connections = parse(given(), count)?,
+                "--timeout" => limits.timeout = parse(given(), seconds)?,
+                "--grace" => limits.grace = parse(given(), seconds)?,
+                "--heartbeat" => limits.heartbeat = parse(given(), some_seconds)?,
+                "--stall" => limits.stall = parse(given(), some_seconds)?,
+                _ if value.is_some() => return Err(wrong(format!("no option {argument}"))),
                 "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
                 "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
                 "--no-token" => no_token = true,
-                _ => limits.verbose = true,
+                "-v" | "--verbose" => limits.verbose = true,
+                _ => return Err(wrong(format!("no option {name}"))),
             }
         }
         policy.token = read_token(token_file, token)?;
@@ -79,32 +79,21 @@ impl Config {
     }
 }
 
-/// Whether the option has no value.
-fn is_flag(name: &str) -> bool {
-    let is_help = matches!(name, "-h" | "--help" | "-V" | "--version");
-    is_help || matches!(name, "-v" | "--verbose" | "--no-token")
-}
-
-/// The value of an option that is given with one, or with none.
-fn value<T>(given: &(&str, Option<String>), parse: fn(&str) -> Parsed<T>) -> Result<T> {
-    let (name, value) = (given.0, given.1.as_deref().unwrap_or_default());
-    parse(value).map_err(|what| wrong(format!("{name} needs {what}, not '{value}'")))
+fn parse<T>(given: (&str, Option<String>), parse: fn(&str) -> Parsed<T>) -> Result<T> {
+    let (name, value) = (given.0, given.1.unwrap_or_default());
+    parse(&value).map_err(|what| wrong(format!("{name} needs {what}, not '{value}'")))
 }
 
 fn wrong(why: String) -> Exit {
-    Exit(
-        2,
-        why.escape_default().to_string().replace("\\'", "'") + "; see --help",
-    )
+    let why = why.escape_default().to_string().replace("\\'", "'");
+    Exit(2, why + "; see --help")
 }
 
 fn command_line(text: &str) -> Parsed<Vec<Vec<u8>>> {
     let words = words::split(text.as_bytes()).unwrap_or_default();
-    if words.is_empty() {
-        Err("a command line")
-    } else {
-        Ok(words)
-    }
+    Some(words)
+        .filter(|it| !it.is_empty())
+        .ok_or("a command line")
 }
 
 fn count(text: &str) -> Parsed<usize> {
@@ -117,15 +106,10 @@ fn seconds(text: &str) -> Parsed<Duration> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let digits = whole.to_string() + fraction;
     let is_plain = !digits.is_empty() && digits.bytes().all(|it| it.is_ascii_digit());
-    let seconds = format!("0{whole}").parse().ok().filter(|_| is_plain);
-    let nanos = format!("{fraction:0<9}")
-        .get(..9)
-        .and_then(|it| it.parse().ok());
-    let time = seconds
-        .zip(nanos)
-        .map(|(seconds, nanos)| Duration::new(seconds, nanos));
-    time.filter(|time| *time <= YEAR)
-        .ok_or("seconds, 0 to 31536000")
+    let nanos = format!("{whole}{fraction:0<9.9}").parse().ok();
+    let time = nanos.filter(|_| is_plain).map(Duration::from_nanos);
+    let time = time.filter(|time| *time <= YEAR);
+    time.ok_or("seconds, 0 to 31536000")
 }
 
 fn some_seconds(text: &str) -> Parsed<Duration> {

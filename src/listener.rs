@@ -3,19 +3,16 @@
 //! std's `TcpStream` and `UnixStream` make the same system calls on what they hold, so every connection is held as a `TcpStream`, of
 //! which only the addresses of a Unix one cannot be told. The way not taken, a trait or an enum for the two, is as long as this file.
 
-use crate::sys;
+use crate::sys::{self, POLLIN};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::{net::UnixListener, net::UnixStream, prelude::*};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{fmt, fs, io, io::ErrorKind};
+use std::{ffi::c_short, fmt, fs, io, io::ErrorKind};
 
-/// The longest that a read or a write blocks in one call, so that each can see what else has happened. All times are kept to within
-/// a tick.
+/// The longest that anything waits before it sees what else has happened. All times are kept to within a tick.
 pub const TICK: Duration = Duration::from_millis(100);
-/// How long [`Listener::accept`] waits before the server looks for a signal that came just before it waited.
-const ACCEPT_WAIT: Duration = Duration::from_millis(250);
 /// A burst of clients waits in the backlog; beyond it they would wait a second for their SYN to be sent again.
 const BACKLOG: i32 = 4096;
 
@@ -34,12 +31,13 @@ pub struct Listener {
     file: Option<(PathBuf, u64)>,
 }
 
+/// A connection. A read fails with `WouldBlock` when it would have to wait beyond the deadline, or when the server ends.
+#[derive(Clone)]
 pub struct Connection {
-    pub socket: TcpStream,
+    pub socket: Arc<TcpStream>,
     /// For the log.
     pub peer: String,
-    /// When reads are given up.
-    deadline: Mutex<Instant>,
+    pub deadline: Instant,
 }
 
 impl Address {
@@ -71,7 +69,8 @@ impl fmt::Display for Address {
 }
 
 impl Listener {
-    pub fn bind(address: &Address) -> io::Result<Listener> {
+    /// Binds to an address. A peer that is silent for `idle` and for `stall` more will be taken for dead.
+    pub fn bind(address: &Address, idle: Duration, stall: Duration) -> io::Result<Listener> {
         let (mut name, mut file) = (address.to_string(), None);
         let socket = match address {
             Address::Tcp(address) => {
@@ -89,31 +88,24 @@ impl Listener {
                 OwnedFd::from(socket?).into()
             }
         };
-        sys::set_backlog(&socket, BACKLOG);
+        sys::set_options(&socket, BACKLOG, idle, stall);
         socket.set_nonblocking(true)?;
         Ok(Listener { socket, name, file })
     }
 
-    /// The next connection, if one comes soon, ready for use: written at once, a peer that is silent for `idle` and for `stall` more
-    /// taken for dead.
-    pub fn accept(&self, idle: Duration, stall: Duration) -> io::Result<Option<Connection>> {
-        if sys::ready(&self.socket, sys::POLLIN, ACCEPT_WAIT) == 0 {
-            return Ok(None);
-        }
-        let socket = sys::accept(&self.socket)?;
-        socket.set_read_timeout(Some(TICK))?;
-        socket.set_write_timeout(Some(TICK))?;
-        // A Unix socket has no such options, and no address.
-        let _ = socket.set_nodelay(true);
-        sys::watch_peer(&socket, idle, stall);
+    /// The next connection; fails with `WouldBlock` where none comes within `wait`.
+    pub fn accept(&self, wait: Duration) -> io::Result<Connection> {
+        sys::ready(&self.socket, POLLIN, wait);
+        let socket = Arc::new(sys::accept(&self.socket)?);
+        // A Unix socket has no address.
         let peer = socket.peer_addr();
         let peer = peer.map_or("unix".to_string(), |peer| peer.to_string());
-        let deadline = Mutex::new(Instant::now());
-        Ok(Some(Connection {
+        let deadline = Instant::now();
+        Ok(Connection {
             socket,
             peer,
             deadline,
-        }))
+        })
     }
 }
 
@@ -135,30 +127,32 @@ impl Connection {
         Some(address.ip().to_canonical())
     }
 
-    /// Lets reads go on for `time` from now, altogether.
-    pub fn allow(&self, time: Duration) {
-        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + time;
-    }
-
-    pub fn is_late(&self) -> bool {
-        Instant::now() >= *self.deadline.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Waits until one of `events` holds; false where none does before the deadline, or before the server ends.
+    pub fn wait(&self, events: c_short, deadline: Instant) -> bool {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if sys::ready(&*self.socket, events, left.min(TICK)) != 0 {
+                return true;
+            }
+            if left.is_zero() || sys::signals() > 0 {
+                return false;
+            }
+        }
     }
 }
 
-/// A read fails with `TimedOut` at the deadline, however many have succeeded before, and with another error when the server ends.
-impl io::Read for &Connection {
+impl io::Read for Connection {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while !self.is_late() {
-            match (&self.socket).read(buffer) {
-                Err(error) if is_passing(&error) && sys::signals() == 0 => {}
+        loop {
+            match (&*self.socket).read(buffer) {
+                Err(error) if is_passing(&error) && self.wait(POLLIN, self.deadline) => {}
                 other => return other,
             }
         }
-        Err(ErrorKind::TimedOut.into())
     }
 }
 
-/// Whether a call on a socket only took a tick, or was interrupted: it may be tried again.
+/// Whether a call on a socket failed only since it would block, or was interrupted: it may be tried again.
 pub fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }

@@ -18,20 +18,13 @@ pub fn line(happening: Arguments) {
 
 /// A text from outside, for a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII escaped, the token as `***`.
 pub fn quoted(text: &[u8]) -> String {
-    let mut out = String::from("\"");
-    let mut rest = &text[..text.len().min(LONGEST_TEXT)];
-    while let Some((&byte, after)) = rest.split_first() {
-        let token = TOKEN.get().map(|token| token.as_bytes());
-        let token = token.and_then(|token| rest.strip_prefix(token));
-        rest = token.unwrap_or(after);
-        match byte {
-            _ if token.is_some() => out += "***",
-            b'\'' => out.push('\''),
-            _ => out.extend(byte.escape_ascii().map(char::from)),
-        }
+    let escape = |text: &[u8]| text.escape_ascii().to_string().replace("\\'", "'");
+    let mut quoted = escape(&text[..text.len().min(LONGEST_TEXT)]);
+    if let Some(token) = TOKEN.get() {
+        quoted = quoted.replace(&escape(token.as_bytes()), "***");
     }
-    let is_whole = text.len() <= LONGEST_TEXT;
-    out + if is_whole { "\"" } else { "...\"" }
+    let cut = if text.len() > LONGEST_TEXT { "..." } else { "" };
+    format!("\"{quoted}{cut}\"")
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ mod log;
 mod sys;
 
 use config::{Config, Exit, TOKEN_VARIABLE};
+use listener::Listener;
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
@@ -54,7 +55,8 @@ fn start(token: Option<OsString>) -> Result<(), Exit> {
     let config = Config::parse(arguments, token.map(lossy))?;
     let cannot = |what: String| move |error| Exit(1, format!("cannot {what}: {error}"));
     sys::start_guardian().map_err(cannot("start the guardian".to_string()))?;
-    let listening = listener::Listener::bind(&config.address);
+    let limits = &config.limits;
+    let listening = Listener::bind(&config.address, limits.heartbeat, limits.stall);
     let listener = listening.map_err(cannot(format!("listen on {}", config.address)))?;
     let _ = config.policy.token.clone().map(|it| log::TOKEN.set(it));
     sys::count_signals();

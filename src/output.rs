@@ -20,6 +20,8 @@ pub struct Stream {
     /// Bytes of output, from stdout and from stderr.
     pub bytes: [u64; 2],
     pub batch: Vec<u8>,
+    /// How much of it has been sent.
+    sent: usize,
     /// Where the content of the open chunk begins in the batch.
     chunk: Option<usize>,
     /// The number of the last event.
@@ -98,20 +100,23 @@ impl Stream {
         self.batch.extend_from_slice(end.as_bytes());
     }
 
-    /// All that is to be sent, from the first byte that was not cleared.
+    /// All that is to be sent next.
     pub fn ready(&mut self) -> &[u8] {
         if let Some(content) = self.chunk.take() {
             let size = format!("{:06x}\r\n", self.batch.len() - content);
             self.batch[content - CHUNK_SIZE.len()..content].copy_from_slice(size.as_bytes());
             self.batch.extend_from_slice(b"\r\n");
         }
-        &self.batch
+        &self.batch[self.sent..]
     }
 
-    /// Forgets what was ready, and keeps its room.
-    pub fn clear(&mut self) {
-        self.batch.clear();
-        self.chunk = None;
+    /// Forgets what was sent of what was ready. The batch is empty, and keeps its room, when all was.
+    pub fn sent(&mut self, length: usize) {
+        self.sent += length;
+        if self.sent == self.batch.len() {
+            self.batch.clear();
+            self.sent = 0;
+        }
     }
 
     /// An event whose `out` is `bytes`, if there are any.

@@ -8,6 +8,10 @@ use crate::words;
 use Answer::{Bad, Forbidden};
 use std::{hint::black_box, net::IpAddr};
 
+const FOREIGN_PAGE: Answer = Forbidden("another site's page calls (Sec-Fetch-Site)");
+const LINK: Answer = Forbidden("a link runs nothing (Sec-Fetch-Mode)");
+const UNKNOWN_PAGE: Answer = Forbidden("a browser without Origin and Sec-Fetch-Site");
+
 /// What the options say about callers and commands.
 #[derive(Default)]
 pub struct Policy {
@@ -47,26 +51,17 @@ impl Policy {
         }
         let sites = head.all("sec-fetch-site");
         let is_own = |site: &&str| ["same-origin", "none"].contains(site);
-        ensure(
-            sites.iter().all(is_own),
-            Forbidden("another site's page calls (Sec-Fetch-Site)"),
-        )?;
+        ensure(sites.iter().all(is_own), FOREIGN_PAGE)?;
         let navigates = head.all("sec-fetch-mode").contains(&"navigate");
-        ensure(
-            head.path != "/run" || !navigates,
-            Forbidden("a link runs nothing (Sec-Fetch-Mode)"),
-        )?;
+        ensure(head.path != "/run" || !navigates, LINK)?;
         let agents = head.all("user-agent");
         let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
         let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
-        ensure(
-            is_known,
-            Forbidden("a browser without Origin and Sec-Fetch-Site"),
-        )
+        ensure(is_known, UNKNOWN_PAGE)
     }
 
     /// Rule 2: the one foreign origin whose page may call and read the answer; none for the own page, and for who is no page.
-    pub fn foreign_origin<'a>(&self, head: &'a Head) -> Result<Option<&'a str>> {
+    pub fn foreign_origin(&self, head: &Head) -> Result<Option<String>> {
         let hosts = head.all("host");
         let host = head.authority.as_deref().or(hosts.first().copied());
         let is_listed = |origin: &str| self.origins.iter().any(|it| it == origin || it == "*");
@@ -74,7 +69,7 @@ impl Policy {
         match head.all("origin")[..] {
             [] => Ok(None),
             [origin] if host.is_some() && origin.strip_prefix("http://") == host => Ok(None),
-            [origin] if is_allowed(origin) => Ok(Some(origin)),
+            [origin] if is_allowed(origin) => Ok(Some(origin.to_string())),
             _ => Err(Forbidden("origin not allowed")),
         }
     }

@@ -5,21 +5,24 @@
 
 use Answer::{Bad, HeadTooLarge, Malformed};
 use std::io::{BufRead, BufReader, ErrorKind, Read};
+use std::mem::take;
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
 const LONGEST_LINE: usize = 8 << 10;
-/// The longest head, and the longest trailer section.
+/// The longest head.
 const LONGEST_HEAD: usize = 16 << 10;
 const MOST_FIELDS: usize = 100;
-/// The longest line with a chunk's size, extensions included.
+/// The longest line with a chunk's size, extensions included, or with a trailer field.
 const LONGEST_CHUNK_LINE: usize = 1 << 10;
 /// Of input: a silent stream holds one. Most heads fit; content passes through in pieces of this size, which a pipe that is ready
 /// takes whole (PIPE_BUF).
 const BUFFER: usize = 1 << 10;
+/// Bytes left of content whose end is unknown, since it is malformed or breaks off.
+pub const ENDLESS: u64 = u64::MAX;
 /// Optional whitespace (RFC 9110 section 5.6.3).
 const OWS: [char; 2] = [' ', '\t'];
 
-/// The request line and the fields.
+/// The request line and the fields, and what every answer to them depends on.
 #[derive(Default)]
 pub struct Head {
     pub method: String,
@@ -31,6 +34,10 @@ pub struct Head {
     pub query: String,
     /// The minor version: 0 for HTTP/1.0, anything else speaks HTTP/1.1.
     pub minor: u8,
+    /// The allowed origin of another site's page, which may then read the answer.
+    pub origin: Option<String>,
+    /// The connection ends with the answer.
+    pub close: bool,
     /// Names in lower case, values without the whitespace around them. A byte is a character: bytes beyond ASCII are not decoded.
     fields: Vec<(String, String)>,
 }
@@ -40,10 +47,22 @@ pub struct Content<R> {
     pub input: BufReader<R>,
     /// Bytes left of the content, or of the current chunk, as far as the client said so.
     pub left: u64,
-    /// A chunk follows when nothing is left of this one.
-    chunked: bool,
+    /// What follows them.
+    next: Next,
+    /// The beginning of a line whose end is still to come.
+    line: Vec<u8>,
     /// `Expect: 100-continue`, and the client has not been told to go on.
     pub awaits_continue: bool,
+}
+
+/// What follows in the input when nothing is left of the content, or of a chunk.
+#[derive(PartialEq)]
+enum Next {
+    Request,
+    ChunkSize,
+    ChunkEnd,
+    /// Trailer fields, after so many.
+    Trailer(usize),
 }
 
 /// Every answer but a command's output. `response` knows the status of each.
@@ -99,11 +118,6 @@ impl Head {
     pub fn lists(&self, name: &str, element: &str) -> bool {
         let elements = self.split(name, &[',', ';']);
         elements.iter().any(|each| each == element)
-    }
-
-    /// Whether the connection ends with the answer to this (RFC 9112 section 9.3).
-    pub fn wants_close(&self) -> bool {
-        self.minor == 0 || self.lists("connection", "close")
     }
 
     /// Events, unless plain text is asked for and they are not (RFC 9110 section 12.5.1).
@@ -162,7 +176,8 @@ impl<R: Read> Content<R> {
         Content {
             input,
             left: 0,
-            chunked: false,
+            next: Next::Request,
+            line: Vec::new(),
             awaits_continue: false,
         }
     }
@@ -170,40 +185,49 @@ impl<R: Read> Content<R> {
     /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
     /// section 2.2); the connection's end there is `Gone`.
     pub fn read_head(&mut self, head: &mut Head) -> Result<()> {
-        let mut line = String::new();
-        for _ in 0..2 {
-            if line.is_empty() {
-                let begun = fill(&mut self.input).map(drop);
-                ensure(begun != Err(BREAKS_OFF), Answer::Gone)?;
-                line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
-            }
+        let begun = fill(&mut self.input).map(drop);
+        ensure(begun != Err(BREAKS_OFF), Answer::Gone)?;
+        let mut line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
+        if line.is_empty() {
+            line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
         }
         head.parse_line(&line)?;
-        head.fields = self.fields(LONGEST_HEAD - line.len() - 2)?;
-        self.set_framing(head)
+        let mut room = LONGEST_HEAD - line.len() - 4;
+        loop {
+            line = self.line(room, HeadTooLarge)?;
+            if line.is_empty() {
+                return self.set_framing(head);
+            }
+            ensure(head.fields.len() < MOST_FIELDS, HeadTooLarge)?;
+            head.fields.push(field(&line)?);
+            let rest = room.checked_sub(line.chars().count() + 2);
+            room = rest.ok_or(HeadTooLarge)?;
+        }
     }
 
     /// How the content is delimited, if there is any (RFC 9112 section 6.3), and what the client expects of the server before it sends
     /// it (RFC 9110 section 10.1.1).
-    fn set_framing(&mut self, head: &Head) -> Result<()> {
+    fn set_framing(&mut self, head: &mut Head) -> Result<()> {
         let is_old = head.minor == 0;
+        // RFC 9112 section 9.3.
+        head.close = is_old || head.lists("connection", "close");
         let lengths = head.all("content-length");
         ensure(lengths.len() < 2, Malformed("more than one Content-Length"))?;
         let length = lengths.first().map_or(Some(0), |length| number(length, 10));
         self.left = length.ok_or(Malformed("malformed Content-Length"))?;
         let codings = head.split("transfer-encoding", &[',']);
-        self.chunked = !codings.is_empty();
-        if self.chunked {
+        self.next = Next::Request;
+        if !codings.is_empty() {
+            self.next = Next::ChunkSize;
             ensure(!is_old, Malformed("Transfer-Encoding in HTTP/1.0"))?;
             ensure(lengths.is_empty(), Malformed("two lengths of the content"))?;
-            let first = codings.iter().position(|coding| coding == "chunked");
-            let is_last = first.is_none_or(|first| first + 1 == codings.len());
             // The content would go on after its own end.
-            ensure(is_last, MALFORMED_CHUNK)?;
+            let goes_on = codings.iter().rev().skip(1).any(|it| it == "chunked");
+            ensure(!goes_on, MALFORMED_CHUNK)?;
             ensure(codings == ["chunked"], Answer::Coding)?;
             // A chunk that has come with the head is looked at before anything is started.
             if !self.input.buffer().is_empty() {
-                self.next_chunk()?;
+                self.advance()?;
             }
         }
         let expected = head.split("expect", &[',']);
@@ -213,86 +237,100 @@ impl<R: Read> Content<R> {
     }
 
     pub fn is_at_end(&self) -> bool {
-        self.left == 0 && !self.chunked
+        self.left == 0 && self.next == Next::Request
+    }
+
+    /// Whether more content is to come.
+    pub fn goes_on(&self) -> bool {
+        !self.is_at_end() && self.left != ENDLESS
     }
 
     /// Reads the content to its end and passes it on, piece by piece. More than `room` bytes are too many, at once where the client
     /// says so beforehand.
     pub fn read(&mut self, mut room: u64, mut pass_on: impl FnMut(&[u8])) -> Result<()> {
-        while !self.is_at_end() {
-            if self.left == 0 {
-                self.next_chunk()?;
-                continue;
-            }
-            ensure(self.left <= room, Answer::ContentTooLarge)?;
-            let piece = fill(&mut self.input)?;
-            let length = self.left.min(piece.len() as u64);
-            pass_on(&piece[..length as usize]);
-            self.input.consume(length as usize);
-            self.left -= length;
-            room -= length;
-            if self.left == 0 && self.chunked {
-                self.chunk_line(0)?;
-                self.left = 0;
-            }
-        }
-        Ok(())
-    }
-
-    /// RFC 9112 section 7.1. Extensions and trailer fields are read and ignored.
-    fn next_chunk(&mut self) -> Result<()> {
-        let line = self.chunk_line(LONGEST_CHUNK_LINE)?;
-        let (size, extensions) = match line.split_once(';') {
-            Some((size, extensions)) => (size.trim_end_matches(OWS), extensions),
-            None => (line.as_str(), ""),
-        };
-        ensure(is_text(extensions), MALFORMED_CHUNK)?;
-        self.left = number(size, 16).ok_or(MALFORMED_CHUNK)?;
-        if self.left == 0 {
-            self.fields(LONGEST_HEAD).map_err(|_| MALFORMED_CHUNK)?;
-            self.chunked = false;
-        }
-        Ok(())
-    }
-
-    /// A line between chunks. Content in which one is malformed has no end.
-    fn chunk_line(&mut self, limit: usize) -> Result<String> {
-        self.left = u64::MAX;
-        self.line(limit, MALFORMED_CHUNK)
-    }
-
-    /// Field lines up to the empty line (RFC 9112 section 5): no space before the colon, no line folding, no controls.
-    fn fields(&mut self, mut room: usize) -> Result<Vec<(String, String)>> {
-        let mut fields = Vec::new();
         loop {
-            room = room.checked_sub(2).ok_or(HeadTooLarge)?;
-            let line = self.line(room, HeadTooLarge)?;
-            room -= line.chars().count();
-            if line.is_empty() {
-                return Ok(fields);
+            self.advance()?;
+            ensure(self.left <= room, Answer::ContentTooLarge)?;
+            let piece = self.piece()?;
+            let length = piece.len();
+            if length == 0 {
+                return Ok(());
             }
-            ensure(fields.len() < MOST_FIELDS, HeadTooLarge)?;
-            let (name, value) = line.split_once(':').ok_or(MALFORMED_FIELD)?;
-            ensure(is_token(name) && is_text(value), MALFORMED_FIELD)?;
-            let value = value.trim_matches(OWS).to_string();
-            fields.push((name.to_ascii_lowercase(), value));
+            pass_on(piece);
+            self.consume(length);
+            room -= length as u64;
         }
+    }
+
+    /// The next piece of the content, to be consumed; empty at its end. Reading that fails for want of time can go on later.
+    pub fn piece(&mut self) -> Result<&[u8]> {
+        self.advance()?;
+        if self.left == 0 {
+            return Ok(&[]);
+        }
+        let piece = fill(&mut self.input)?;
+        Ok(&piece[..self.left.min(piece.len() as u64) as usize])
+    }
+
+    pub fn consume(&mut self, length: usize) {
+        self.input.consume(length);
+        self.left -= length as u64;
+    }
+
+    /// Goes on to the next chunk's content, or to the end (RFC 9112 section 7.1). Extensions and trailer fields are read and ignored.
+    fn advance(&mut self) -> Result<()> {
+        while self.left == 0 && self.next != Next::Request {
+            // A chunk's content has nothing but the line's end after it.
+            let limit = LONGEST_CHUNK_LINE * usize::from(self.next != Next::ChunkEnd);
+            let line = self.line(limit, MALFORMED_CHUNK)?;
+            self.next = match self.next {
+                Next::ChunkSize => {
+                    let end = line.find([' ', '\t', ';']).unwrap_or(line.len());
+                    let (size, rest) = line.split_at(end);
+                    let is_extension = rest.trim_start_matches(OWS).starts_with(';');
+                    ensure(rest.is_empty() || is_extension, MALFORMED_CHUNK)?;
+                    ensure(is_text(rest), MALFORMED_CHUNK)?;
+                    self.left = number(size, 16).ok_or(MALFORMED_CHUNK)?;
+                    match self.left {
+                        0 => Next::Trailer(0),
+                        _ => Next::ChunkEnd,
+                    }
+                }
+                Next::ChunkEnd if line.is_empty() => Next::ChunkSize,
+                Next::Trailer(_) if line.is_empty() => Next::Request,
+                Next::Trailer(before) if before < MOST_FIELDS && field(&line).is_ok() => {
+                    Next::Trailer(before + 1)
+                }
+                _ => return Err(MALFORMED_CHUNK),
+            };
+        }
+        Ok(())
     }
 
     /// A line without its CRLF, each byte as the character of that number; `too_long` when more than `limit` bytes come before that.
     fn line(&mut self, limit: usize, too_long: Answer) -> Result<String> {
-        let mut line = Vec::new();
         loop {
             let byte = fill(&mut self.input)?[0];
             self.input.consume(1);
-            match (line.last(), byte) {
-                (Some('\r'), b'\n') => return Ok(line[..line.len() - 1].iter().collect()),
-                (Some('\r'), _) | (_, b'\n') => return Err(Malformed("bare CR or LF")),
-                _ if line.len() == limit && byte != b'\r' => return Err(too_long),
-                _ => line.push(char::from(byte)),
+            match (self.line.last(), byte) {
+                (Some(b'\r'), b'\n') => {
+                    self.line.pop();
+                    return Ok(take(&mut self.line).into_iter().map(char::from).collect());
+                }
+                (Some(b'\r'), _) | (_, b'\n') => return Err(Malformed("bare CR or LF")),
+                _ if self.line.len() == limit && byte != b'\r' => return Err(too_long),
+                _ => self.line.push(byte),
             }
         }
     }
+}
+
+/// A field line (RFC 9112 section 5): no space before the colon, no line folding, no controls.
+fn field(line: &str) -> Result<(String, String)> {
+    let (name, value) = line.split_once(':').ok_or(MALFORMED_FIELD)?;
+    ensure(is_token(name) && is_text(value), MALFORMED_FIELD)?;
+    let value = value.trim_matches(OWS).to_string();
+    Ok((name.to_ascii_lowercase(), value))
 }
 
 /// The one value of `name` in `application/x-www-form-urlencoded` (WHATWG URL section 5.1, but a broken percent-escape is refused).
@@ -346,7 +384,7 @@ fn fill(input: &mut impl BufRead) -> Result<&[u8]> {
     match input.fill_buf() {
         Ok([]) => Err(BREAKS_OFF),
         Ok(available) => Ok(available),
-        Err(error) if error.kind() == ErrorKind::TimedOut => Err(Answer::Late),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Err(Answer::Late),
         Err(_) => Err(Answer::Gone),
     }
 }

@@ -9,6 +9,7 @@ pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
 pub const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
 pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 
+const FIELDS_TOO_LARGE: &str = "431 Request Header Fields Too Large";
 const PAGE: &[u8] = include_bytes!("console.html");
 const EVENTS: &str = "Content-Type: text/event-stream\r\n";
 const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
@@ -26,72 +27,65 @@ const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
 const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
     Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n";
 
-/// To whom and how a request is answered, whatever the answer is.
-pub struct Manner<'a> {
-    pub head: &'a Head,
-    /// The allowed origin of another site's page, which may then read the answer.
-    pub origin: Option<&'a str>,
-    /// The connection ends with the answer.
-    pub close: bool,
+/// The answer to a request, whatever it is.
+pub fn render(head: &Head, answer: &Answer) -> Vec<u8> {
+    let (status, why) = explain(answer);
+    let field = match answer {
+        Answer::Page => return whole(head, status, PAGE_FIELDS, PAGE),
+        Answer::Head => return begin_stream(head).batch,
+        Answer::NotStarted(code, why) if head.wants_events() => {
+            let mut stream = begin_stream(head);
+            stream.error(why);
+            stream.exit("failed", ExitStatus::from_raw(code << 8), 0);
+            return stream.ready().to_vec();
+        }
+        Answer::Options(methods) => {
+            let preflight = when(head.origin.is_some(), PREFLIGHT_FIELDS);
+            return start(head, status, &format!("Allow: {methods}\r\n{preflight}"));
+        }
+        Answer::Repeated => return start(head, status, ""),
+        Answer::Method(methods) => format!("Allow: {methods}\r\n"),
+        Answer::Token => "WWW-Authenticate: Bearer\r\n".to_string(),
+        Answer::Busy(_) => "Retry-After: 1\r\n".to_string(),
+        _ => String::new(),
+    };
+    whole(
+        head,
+        status,
+        &(field + PLAIN),
+        format!("{why}\n").as_bytes(),
+    )
 }
 
-impl Manner<'_> {
-    pub fn render(&self, answer: &Answer) -> Vec<u8> {
-        let (status, why) = explain(answer);
-        let field = match answer {
-            Answer::Page => return self.whole(status, PAGE_FIELDS, PAGE),
-            Answer::Head => return self.stream(),
-            Answer::NotStarted(code, why) if self.head.wants_events() => {
-                let mut stream = Stream::new(true, self.head.minor > 0, self.stream());
-                stream.error(why);
-                stream.exit("failed", ExitStatus::from_raw(code << 8), 0);
-                return stream.ready().to_vec();
-            }
-            Answer::Options(methods) => {
-                let preflight = self.origin.map_or("", |_| PREFLIGHT_FIELDS);
-                return self.start(status, &format!("Allow: {methods}\r\n{preflight}"));
-            }
-            Answer::Repeated => return self.start(status, ""),
-            Answer::Method(methods) => format!("Allow: {methods}\r\n"),
-            Answer::Token => "WWW-Authenticate: Bearer\r\n".to_string(),
-            Answer::Busy(_) => "Retry-After: 1\r\n".to_string(),
-            _ => String::new(),
-        };
-        self.whole(status, &(field + PLAIN), format!("{why}\n").as_bytes())
-    }
+/// A command's output, so far its head.
+pub fn begin_stream(head: &Head) -> Stream {
+    let (is_events, is_chunked) = (head.wants_events(), head.minor > 0);
+    let media_type = if is_events { EVENTS } else { PLAIN };
+    let stays = when(!head.close, "Connection: keep-alive\r\n");
+    let chunks = when(is_chunked, "Transfer-Encoding: chunked\r\n");
+    let trailer = when(is_chunked && !is_events, TRAILER);
+    let fields = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
+    let fields = format!("{fields}X-Accel-Buffering: no\r\n{chunks}{trailer}");
+    Stream::new(is_events, is_chunked, start(head, "200 OK", &fields))
+}
 
-    /// The head of a command's output.
-    pub fn stream(&self) -> Vec<u8> {
-        let (is_events, is_chunked) = (self.head.wants_events(), self.head.minor > 0);
-        let media_type = if is_events { EVENTS } else { PLAIN };
-        let stays = when(!self.close, "Connection: keep-alive\r\n");
-        let chunks = when(is_chunked, "Transfer-Encoding: chunked\r\n");
-        let trailer = when(is_chunked && !is_events, TRAILER);
-        let fields = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
-        let fields = format!("{fields}X-Accel-Buffering: no\r\n{chunks}{trailer}");
-        self.start("200 OK", &fields)
-    }
+fn whole(head: &Head, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
+    let length = content.len();
+    let fields = format!("{fields}Content-Length: {length}\r\n");
+    let content = if head.method == "HEAD" { b"" } else { content };
+    [&start(head, status, &fields), content].concat()
+}
 
-    fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
-        let length = content.len();
-        let mut whole = self.start(status, &format!("{fields}Content-Length: {length}\r\n"));
-        if self.head.method != "HEAD" {
-            whole.extend_from_slice(content);
-        }
-        whole
+/// The status line and the fields, with those that every response has.
+fn start(head: &Head, status: &str, fields: &str) -> Vec<u8> {
+    let date = clock::imf_fixdate(clock::unix_millis());
+    let close = when(head.close, "Connection: close\r\n");
+    let mut start = format!("HTTP/1.1 {status}\r\nDate: {date}\r\n{fields}");
+    if let Some(origin) = &head.origin {
+        start += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
     }
-
-    /// The status line and the fields, with those that every response has.
-    fn start(&self, status: &str, fields: &str) -> Vec<u8> {
-        let date = clock::imf_fixdate(clock::unix_millis());
-        let close = when(self.close, "Connection: close\r\n");
-        let mut start = format!("HTTP/1.1 {status}\r\nDate: {date}\r\n{fields}");
-        if let Some(origin) = self.origin {
-            start += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
-        }
-        start += &format!("X-Content-Type-Options: nosniff\r\n{close}\r\n");
-        start.into_bytes()
-    }
+    start += &format!("X-Content-Type-Options: nosniff\r\n{close}\r\n");
+    start.into_bytes()
 }
 
 fn when(is_so: bool, text: &str) -> &str {
@@ -124,10 +118,7 @@ pub fn explain(answer: &Answer) -> (&'static str, &str) {
         LineTooLong => ("414 URI Too Long", "request line over 8 KiB"),
         Expectation => ("417 Expectation Failed", "Expect other than 100-continue"),
         Misdirected => ("421 Misdirected Request", "Host is not this address"),
-        HeadTooLarge => (
-            "431 Request Header Fields Too Large",
-            "head over 16 KiB or 100 fields",
-        ),
+        HeadTooLarge => (FIELDS_TOO_LARGE, "head over 16 KiB or 100 fields"),
         Coding => ("501 Not Implemented", "transfer coding not implemented"),
         UnknownMethod => ("501 Not Implemented", "method not implemented"),
         Busy(why) => ("503 Service Unavailable", why),

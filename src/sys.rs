@@ -5,9 +5,9 @@
 
 use std::ffi::{c_int, c_long, c_short, c_uint, c_ulong, c_void};
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::prelude::*;
+use std::os::unix::{net::UnixStream, prelude::*};
 use std::sync::{OnceLock, atomic::AtomicU32, atomic::Ordering::SeqCst};
-use std::{fs::File, io, io::Read, ptr, time::Duration};
+use std::{io, io::Read, ptr, time::Duration};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
@@ -30,8 +30,8 @@ pub const POLLRDHUP: c_short = 0x2000;
 /// POLLERR and POLLHUP: nothing can be sent any more.
 pub const POLLGONE: c_short = 0x18;
 
-/// O_CLOEXEC and SOCK_CLOEXEC.
-const CLOEXEC: c_int = 0o2_000_000;
+/// SOCK_CLOEXEC and SOCK_NONBLOCK.
+const CLOEXEC_NONBLOCK: c_int = 0o2_004_000;
 
 /// EAGAIN, ENOMEM, ENFILE and EMFILE: nothing is wrong with what was asked for, but there is no room for it now.
 pub const EXHAUSTED: [c_int; 4] = [11, 12, 23, 24];
@@ -57,7 +57,6 @@ unsafe extern "C" {
     // musl's offset has 64 bits everywhere, glibc's only under this name.
     #[cfg_attr(target_env = "gnu", link_name = "mmap64")]
     fn mmap(at: *mut c_void, n: usize, p: c_int, f: c_int, fd: c_int, o: i64) -> *mut c_void;
-    fn pipe2(fds: *mut c_int, flags: c_int) -> c_int;
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
     fn pthread_sigmask(how: c_int, new: *const Scratch, old: *mut Scratch) -> c_int;
     fn setsid() -> c_int;
@@ -70,8 +69,8 @@ unsafe extern "C" {
 }
 
 /// Runs before std's start, which then finds SIGBUS and SIGSEGV taken and leaves out its report of stack overflows: an extra stack
-/// for each thread, mapped, protected and unmapped again, three times a run. An overflow still ends at the guard page.
-/// [`normalise_process`] sets them to default.
+/// for each thread, mapped, protected and unmapped again, 5 to 10 % of what a short run costs. An overflow still ends at the guard
+/// page. [`normalise_process`] sets them to default.
 #[used]
 #[unsafe(link_section = ".init_array")]
 static TAKE_FAULT_SIGNALS: extern "C" fn() = {
@@ -120,7 +119,7 @@ const PLACES: usize = 1 << 16;
 /// It is forked, so that guarding is a store to memory and no system call; twice, so that it is no child of this process; and leaves
 /// the session, so that no terminal ends it.
 pub fn start_guardian() -> io::Result<()> {
-    let (end, pipe) = pipe()?;
+    let (end, mut other_end) = UnixStream::pair()?;
     // SAFETY: new memory, zeroed, aligned to a page, of that size and never unmapped. There is one thread, so a fork may do anything.
     unsafe {
         // PROT_READ and PROT_WRITE, MAP_SHARED and MAP_ANONYMOUS.
@@ -133,15 +132,15 @@ pub fn start_guardian() -> io::Result<()> {
         if child > 0 {
             waitpid(child, ptr::null_mut(), 0);
             // Open until this process ends.
-            std::mem::forget(pipe);
+            std::mem::forget(end);
             return Ok(());
         }
         if fork() == 0 {
             setsid();
             // Who kills the server by its name is not to hit this too.
             let _ = std::fs::write("/proc/self/comm", "sse-guardian");
-            drop(pipe);
-            let _ = File::from(end).read(&mut [0]);
+            drop(end);
+            let _ = other_end.read(&mut [0]);
             let guarded = groups.iter().map(|place| place.load(SeqCst));
             let left = guarded.filter(|&pgid| pgid > 1);
             left.for_each(|pgid| kill_group(pgid, SIGKILL));
@@ -173,13 +172,18 @@ pub fn count_signals() {
     let _ = [1, 2, 15].map(|number| unsafe { signal(number, count) });
 }
 
-/// Which of `events`, `POLLERR` and `POLLHUP` hold for `fd`, waiting up to `wait` for one of them. A signal ends the wait; an error
-/// counts as none.
-pub fn ready(fd: impl AsFd, events: c_short, wait: Duration) -> c_short {
-    let mut one = PollFd(fd.as_fd().as_raw_fd(), events, 0);
-    // SAFETY: one valid entry, whose descriptor is borrowed for the call.
-    unsafe { poll(&mut one, 1, wait.as_millis() as c_int) };
-    one.2
+/// Which of the events, `POLLERR` and `POLLHUP` hold for each descriptor, waiting up to `wait` for one of them. Where it is negative, or
+/// nothing is asked of it, nothing holds. A signal ends the wait; an error counts as none.
+pub fn poll_all<const N: usize>(asked: [(RawFd, c_short); N], wait: Duration) -> [c_short; N] {
+    let mut fds = asked.map(|(fd, events)| PollFd(if events == 0 { -1 } else { fd }, events, 0));
+    // SAFETY: as many valid entries.
+    unsafe { poll(fds.as_mut_ptr(), N as c_ulong, wait.as_millis() as c_int) };
+    fds.map(|entry| entry.2)
+}
+
+/// The same for one descriptor.
+pub fn ready(fd: &impl AsRawFd, events: c_short, wait: Duration) -> c_short {
+    poll_all([(fd.as_raw_fd(), events)], wait)[0]
 }
 
 /// Sends `signal` to every process of the group. The caller vouches that its leader was not reaped yet, so that the id cannot
@@ -198,41 +202,31 @@ pub fn exited_noreap(pid: u32) -> bool {
     unsafe { waitid(P_PID, pid, &mut info, WNOHANG_WEXITED_WNOWAIT) == 0 && info.0[0] != 0 }
 }
 
-/// A pipe, as its reading and its writing end, both closed on exec.
-pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
-    let mut fds = [0; 2];
-    // SAFETY: room for two descriptors, which nobody else owns.
-    match unsafe { pipe2(fds.as_mut_ptr(), CLOEXEC) } {
-        0 => Ok(fds.map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).into()),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-/// The next connection of a listening socket of any family; std asks for the address that its own has.
+/// The next connection of a listening socket of any family, not blocking; std asks for the address that its own has.
 pub fn accept(listening: &TcpListener) -> io::Result<TcpStream> {
     let fd = listening.as_raw_fd();
     // SAFETY: no address is asked for; the descriptor is new and nobody else's.
-    match unsafe { accept4(fd, ptr::null_mut(), ptr::null_mut(), CLOEXEC) } {
+    match unsafe { accept4(fd, ptr::null_mut(), ptr::null_mut(), CLOEXEC_NONBLOCK) } {
         -1 => Err(io::Error::last_os_error()),
         fd => Ok(unsafe { TcpStream::from_raw_fd(fd) }),
     }
 }
 
-/// Lets up to `backlog` connections wait to be accepted; std asks for 128 only.
-pub fn set_backlog(listening: &TcpListener, backlog: c_int) {
-    // SAFETY: numbers alone.
-    unsafe { listen(listening.as_raw_fd(), backlog) };
-}
-
-/// Declares the peer dead when it acknowledges nothing for `stall`: neither what was sent (RFC 5482), nor the probes that begin after
-/// `idle` without any traffic, of which TCP has only whole seconds.
-pub fn watch_peer(stream: &TcpStream, idle: Duration, stall: Duration) {
+/// Lets up to `backlog` connections wait to be accepted, where std asks for 128, and sets what they inherit, where they are TCP: what is
+/// written is sent at once; and the peer counts as dead when it acknowledges nothing for `stall`, neither what was sent (RFC 5482),
+/// nor the probes that begin after `idle` without any traffic, of which TCP has only whole seconds.
+pub fn set_options(socket: &TcpListener, backlog: c_int, idle: Duration, stall: Duration) {
     let seconds = idle.as_secs().clamp(1, 32_767) as c_uint;
     let millis = stall.as_millis().min(c_int::MAX as u128) as c_uint;
-    // SO_KEEPALIVE of SOL_SOCKET; TCP_KEEPIDLE, TCP_KEEPINTVL and TCP_USER_TIMEOUT of IPPROTO_TCP.
-    for (level, name, value) in [(1, 9, 1), (6, 4, seconds), (6, 5, seconds), (6, 18, millis)] {
-        // SAFETY: each option's value is an int, 4 bytes, read during the call.
-        unsafe { setsockopt(stream.as_raw_fd(), level, name, &value, 4) };
+    // SO_KEEPALIVE of SOL_SOCKET; TCP_NODELAY, TCP_KEEPIDLE, TCP_KEEPINTVL and TCP_USER_TIMEOUT of IPPROTO_TCP.
+    let tcp = [(1, 1), (4, seconds), (5, seconds), (18, millis)];
+    let tcp = tcp.map(|(name, value)| (6, name, value));
+    // SAFETY: numbers alone; each option's value is an int, 4 bytes, read during the call.
+    unsafe {
+        listen(socket.as_raw_fd(), backlog);
+        for (level, name, value) in [(1, 9, 1)].into_iter().chain(tcp) {
+            setsockopt(socket.as_raw_fd(), level, name, &value, 4);
+        }
     }
 }
 

@@ -181,7 +181,8 @@ fn a_batch_is_a_chunk() {
     stream.piece(STDERR, b"y");
     let expected = [b"head 00012d\r\n", &[b'x'; 300][..], b"y\r\n"].concat();
     assert_eq!(stream.ready(), expected);
-    stream.clear();
+    let length = stream.ready().len();
+    stream.sent(length);
     stream.comment();
     stream.error("not in plain text");
     assert_eq!(stream.ready(), b"");

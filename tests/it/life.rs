@@ -478,3 +478,59 @@ fn the_guardian_is_small_and_ends_with_the_server() {
     server.exit_status();
     wait_for("the guardian to end", || marked().is_empty());
 }
+
+/// How much a command can write to a client that does not read.
+fn room_of_an_idle_client(server: &Server) -> u64 {
+    let (_client, pid) = server.begin("head -c 100000000 /dev/zero");
+    let written = || {
+        let counts = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
+        let mut lines = counts.lines();
+        let line = lines.find_map(|line| line.strip_prefix("wchar: ")).unwrap();
+        line.parse::<u64>().unwrap()
+    };
+    let mut before = 0;
+    wait_for("the command to be held up", || {
+        std::thread::sleep(Duration::from_millis(300));
+        before == std::mem::replace(&mut before, written())
+    });
+    before
+}
+
+/// The command has exited and its group is killed, while the last of its output is still in the pipe or in the server.
+#[test]
+fn a_client_that_pauses_gets_all_that_was_written() {
+    let server = Server::start(&["--grace", "0.2"]);
+    let room = room_of_an_idle_client(&server);
+    for length in [room - 40_000, room - 100_000] {
+        let (mut client, pid) = server.begin(&format!("head -c {length} /dev/zero"));
+        wait_for("the command to exit", || {
+            stat_field(pid, 0).is_none_or(|state| state == "Z")
+        });
+        std::thread::sleep(Duration::from_secs(1));
+        let events = client.rest();
+        assert_eq!(outcome(&events), "exited:0");
+        let pieces = events.iter().filter(|event| event.event == "stdout");
+        let escaped: usize = pieces
+            .map(|event| event.data.matches("\\u0000").count())
+            .sum();
+        assert_eq!(escaped as u64, length);
+    }
+}
+
+/// What the server's end has to say comes before `exit`, or not at all: where exactly the output stands makes no difference.
+#[test]
+fn nothing_follows_exit() {
+    let room = room_of_an_idle_client(&Server::start(&[]));
+    for left in [66_000, 74_000, 82_000, 90_000] {
+        let server = Server::start(&["--grace", "1"]);
+        let (mut client, pid) = server.begin(&format!("head -c {} /dev/zero", room - left));
+        wait_for("the command to exit", || {
+            stat_field(pid, 0).is_none_or(|state| state == "Z")
+        });
+        server.signal("TERM");
+        server.logged(&["shutdown"]);
+        std::thread::sleep(Duration::from_millis(300));
+        let events = client.rest();
+        assert_eq!(events.last().unwrap().event, "exit", "{left}");
+    }
+}

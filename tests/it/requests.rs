@@ -1,7 +1,7 @@
 //! Section 2: what is a request, and how each refusal looks.
 
 use crate::support::*;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
 /// A request line and fields with `HOST` for the server's address.
@@ -523,6 +523,28 @@ fn content_is_streamed_to_the_command_as_it_comes() {
         server.address
     ));
     assert_eq!(output(&client.response().events(), "stdout"), "next\n");
+}
+
+#[test]
+fn content_that_the_command_does_not_want_is_passed_over() {
+    let server = Server::start(&[]);
+    let mut client = server.connect();
+    client.write(format!(
+        "POST {} HTTP/1.1\r\nHost: {}\r\nTransfer-Encoding: chunked\r\n\r\n",
+        run_target("sh -c 'exec <&-; echo ready; exec sleep 1000'"),
+        server.address
+    ));
+    client.started();
+    client.read_until("ready");
+    let stream = client.stream.get_mut();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    let start = Instant::now();
+    for _ in 0..80 {
+        stream
+            .write_all("1\r\nx\r\n".repeat(10_000).as_bytes())
+            .unwrap();
+    }
+    assert!(start.elapsed() < PATIENCE);
 }
 
 /// A head has ten seconds to arrive; what a command is fed has all the time in the world.
