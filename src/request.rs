@@ -182,6 +182,11 @@ impl<R: Read> Content<R> {
         }
     }
 
+    /// Who sends it.
+    pub fn client(&self) -> &R {
+        self.input.get_ref()
+    }
+
     /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
     /// section 2.2); the connection's end there is `Gone`.
     pub fn read_head(&mut self, head: &mut Head) -> Result<()> {

@@ -45,7 +45,6 @@ pub struct Limits {
 /// `Gone` where not all was written, `exit` included.
 pub fn run(
     child: Child,
-    client: &Connection,
     content: &mut Content<Connection>,
     limits: &Limits,
     stream: Stream,
@@ -55,7 +54,6 @@ pub fn run(
     content.input.get_mut().deadline = now;
     let mut run = Run {
         child,
-        client,
         content,
         limits,
         stream,
@@ -79,7 +77,6 @@ pub fn run(
 
 struct Run<'a> {
     child: Child,
-    client: &'a Connection,
     content: &'a mut Content<Connection>,
     limits: &'a Limits,
     stream: Stream,
@@ -124,7 +121,7 @@ impl Run<'_> {
         }
         let fd = |pipe: &Option<File>| pipe.as_ref().map_or(-1, File::as_raw_fd);
         let reading = when(is_feeding && !has_piece, POLLIN);
-        let socket = self.client.socket.as_raw_fd();
+        let socket = self.content.client().socket.as_raw_fd();
         let asked = [
             (fd(&self.child.outputs[0]), when(is_clear, POLLIN)),
             (fd(&self.child.outputs[1]), when(is_clear, POLLIN)),
@@ -234,7 +231,7 @@ impl Run<'_> {
         self.looked = now;
         if self.lost.is_none() {
             let events = sys::POLLRDHUP | POLLIN;
-            let state = sys::ready(&*self.client.socket, events, Duration::ZERO);
+            let state = sys::ready(&*self.content.client().socket, events, Duration::ZERO);
             let half_closed = state & sys::POLLRDHUP != 0;
             // A connection's end looks like a half-close, or hides behind content that is not read. A comment brings it out: it is
             // answered with a reset, which the next look sees.
@@ -298,7 +295,7 @@ impl Run<'_> {
     /// Writes what the stream holds, as far as the client takes it. For one that is lost it is discarded, so that the command can end.
     fn send(&mut self) {
         while self.lost.is_none() && !self.stream.ready().is_empty() {
-            let mut socket = &*self.client.socket;
+            let mut socket = &*self.content.client().socket;
             match socket.write(self.stream.ready()) {
                 Ok(length) => {
                     self.stream.sent(length);
@@ -315,7 +312,7 @@ impl Run<'_> {
     }
 
     fn log(&self, happening: &str, values: std::fmt::Arguments) {
-        let (peer, pid) = (&self.client.peer, self.child.pid);
+        let (peer, pid) = (&self.content.client().peer, self.child.pid);
         log::line(format_args!("{happening} peer={peer} pid={pid} {values}"));
     }
 }

@@ -107,7 +107,6 @@ fn start_thread(shared: &(Arc<Listener>, Arc<Config>, Arc<()>), client: Connecti
 /// A connection's requests and their answers, one after the other.
 struct Conversation {
     config: Arc<Config>,
-    client: Connection,
     /// Or only told that there is no place.
     is_served: bool,
     head: Head,
@@ -118,10 +117,9 @@ impl Conversation {
     fn new(config: Arc<Config>, client: Connection, is_served: bool) -> Conversation {
         Conversation {
             config,
-            content: Content::new(client.clone()),
-            client,
             is_served,
             head: Head::default(),
+            content: Content::new(client),
         }
     }
 
@@ -147,16 +145,12 @@ impl Conversation {
         let read = self.content.read_head(&mut self.head);
         self.head.origin = self.config.policy.foreign_origin(&self.head).ok().flatten();
         let order = read.and_then(|()| self.check());
-        match order.and_then(|order| self.run(&order)) {
-            Ok(()) => {}
-            Err(Answer::Gone) => return false,
-            Err(answer) => {
-                // Whether a client that was not told to go on sends its content all the same cannot be known.
-                let is_unclear = self.content.awaits_continue || self.content.left > MOST_SKIPPED;
-                self.head.close |= is_unclear || response::ends_connection(&answer);
-                if !self.reply(&answer) {
-                    return false;
-                }
+        if let Err(answer) = order.and_then(|order| self.run(&order)) {
+            // Whether a client that was not told to go on sends its content all the same cannot be known.
+            let is_unclear = self.content.awaits_continue || self.content.left > MOST_SKIPPED;
+            self.head.close |= is_unclear || response::ends_connection(&answer);
+            if answer == Answer::Gone || !self.reply(&answer) {
+                return false;
             }
         }
         // The next request comes after what is left of this one's content.
@@ -174,7 +168,7 @@ impl Conversation {
         ensure(self.is_served, BUSY)?;
         let (config, head) = (self.config.clone(), &self.head);
         let (policy, path, method) = (&config.policy, head.path.as_str(), head.method.as_str());
-        policy.host(head, self.client.local())?;
+        policy.host(head, self.content.client().local())?;
         if path != "/" || !matches!(method, "GET" | "HEAD") {
             policy.browser(head)?;
         }
@@ -220,20 +214,16 @@ impl Conversation {
         let null = File::open("/dev/null").ok().filter(|_| !is_fed);
         let stdin = null.map_or_else(Stdio::piped, Stdio::from);
         let child = Child::start(&order.words, stdin)?;
-        let (peer, pid, line) = (&self.client.peer, child.pid, quoted(&order.line));
+        let (pid, line) = (child.pid, quoted(&order.line));
+        let peer = &self.content.client().peer;
         log::line(format_args!("run peer={peer} pid={pid} command={line}"));
-        run::run(
-            child,
-            &self.client,
-            &mut self.content,
-            &self.config.limits,
-            stream,
-        )
+        run::run(child, &mut self.content, &self.config.limits, stream)
     }
 
     /// Answers with anything but a command's output. Returns whether all of it was written.
     fn reply(&self, answer: &Answer) -> bool {
-        let (peer, target) = (&self.client.peer, quoted(self.head.target.as_bytes()));
+        let target = quoted(self.head.target.as_bytes());
+        let peer = &self.content.client().peer;
         let (status, why) = response::explain(answer);
         let told = match answer {
             // A stream of its own, with this one event.
@@ -252,10 +242,11 @@ impl Conversation {
     /// Writes an answer whole, unless the client is gone or does not read.
     fn write(&self, mut bytes: &[u8]) -> bool {
         let deadline = Instant::now() + self.config.limits.stall;
+        let client = self.content.client();
         while !bytes.is_empty() {
-            match (&*self.client.socket).write(bytes) {
+            match (&*client.socket).write(bytes) {
                 Ok(length) => bytes = &bytes[length..],
-                Err(error) if is_passing(&error) && self.client.wait(POLLOUT, deadline) => {}
+                Err(error) if is_passing(&error) && client.wait(POLLOUT, deadline) => {}
                 Err(_) => return false,
             }
         }
@@ -265,13 +256,12 @@ impl Conversation {
     /// Says that nothing more comes, and reads what still does, until the client pauses: closing a socket with unread input would send
     /// a reset, which can eat the answer on its way (RFC 9112 section 9.6).
     fn linger(&mut self, pause: Duration) {
-        let _ = self.client.socket.shutdown(Shutdown::Write);
+        let _ = self.content.client().socket.shutdown(Shutdown::Write);
         let end = Instant::now() + pause * 15;
         let mut goes_on = || {
-            self.client.deadline = Instant::now() + pause;
-            self.client
-                .read(&mut [0; 4096])
-                .is_ok_and(|length| length > 0)
+            self.allow(pause);
+            let read = self.content.input.get_mut().read(&mut [0; 4096]);
+            read.is_ok_and(|length| length > 0)
         };
         while goes_on() && Instant::now() < end {}
     }
