@@ -29,10 +29,8 @@ impl Child {
         let program = words.next().unwrap_or_default();
         let mut command = Command::new(program);
         command.args(words).process_group(0).stdin(stdin);
-        let spawned = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn();
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let spawned = command.spawn();
         let mut process = spawned.map_err(|error| why_not_started(&error, program))?;
         let stdin = process.stdin.take().map(OwnedFd::from);
         let stdout = process.stdout.take().map(OwnedFd::from);

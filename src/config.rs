@@ -52,14 +52,14 @@ impl Config {
             match name {
                 "-l" | "--listen" => config.address = parse(given(), Address::parse)?,
                 "--allow" => policy.allowed.push(parse(given(), command_line)?),
-                "--token-file" => token_file = Some(parse(given(), |path| Ok(path.to_string()))?),
+                "--token-file" => token_file = Some(parse(given(), file)?),
                 "--allow-origin" => policy.origins.push(parse(given(), origin)?),
                 "--max-connections" => config.max_connections = parse(given(), count)?,
                 "--timeout" => limits.timeout = parse(given(), seconds)?,
                 "--grace" => limits.grace = parse(given(), seconds)?,
                 "--heartbeat" => limits.heartbeat = parse(given(), some_seconds)?,
                 "--stall" => limits.stall = parse(given(), some_seconds)?,
-                _ if value.is_some() => return Err(wrong(format!("no option {argument}"))),
+                _ if value.is_some() => return Err(wrong(format!("no {name} with a value"))),
                 "-h" | "--help" => return Err(Exit(0, USAGE.to_string())),
                 "-V" | "--version" => return Err(Exit(0, format!("ssecommander {VERSION}\n"))),
                 "--no-token" => no_token = true,
@@ -89,11 +89,15 @@ fn wrong(why: String) -> Exit {
     Exit(2, why + "; see --help")
 }
 
+fn file(path: &str) -> Parsed<String> {
+    let path = Some(path.to_string()).filter(|it| !it.is_empty());
+    path.ok_or("a file")
+}
+
 fn command_line(text: &str) -> Parsed<Vec<Vec<u8>>> {
     let words = words::split(text.as_bytes()).unwrap_or_default();
-    Some(words)
-        .filter(|it| !it.is_empty())
-        .ok_or("a command line")
+    let words = Some(words).filter(|it| !it.is_empty());
+    words.ok_or("a command line")
 }
 
 fn count(text: &str) -> Parsed<usize> {
@@ -243,6 +247,9 @@ mod tests {
             (&["--nope"], "--nope"),
             (&["run"], "run"),
             (&["--listen"], "--listen"),
+            (&["--token-file"], "--token-file"),
+            (&["--no-token=1"], "--no-token"),
+            (&["--help=1"], "--help"),
             (&["--verbose=1"], "--verbose"),
             (&["--max-connections", "0"], "--max-connections"),
             (&["--max-connections", "-1"], "--max-connections"),

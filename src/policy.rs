@@ -31,7 +31,7 @@ pub struct Order {
 impl Policy {
     /// `Host`, and rule 1: a name that can only mean this server. It stops DNS rebinding, where another site's name is made to resolve
     /// to this host's address. `local` is the address that the connection came in on; none for a Unix socket.
-    pub fn host(&self, head: &Head, local: Option<IpAddr>) -> Result<()> {
+    pub fn host(&self, head: &Head, local: Option<IpAddr>) -> Result {
         let hosts = head.all("host");
         let is_one = hosts.len() == 1 || (hosts.is_empty() && head.minor == 0);
         ensure(is_one, Bad("HTTP/1.1 needs exactly one Host"))?;
@@ -44,7 +44,7 @@ impl Policy {
     }
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
-    pub fn browser(&self, head: &Head) -> Result<()> {
+    pub fn browser(&self, head: &Head) -> Result {
         self.foreign_origin(head)?;
         if !head.all("origin").is_empty() {
             return Ok(());
@@ -75,7 +75,7 @@ impl Policy {
     }
 
     /// The bearer token (RFC 6750 section 2.1), compared in a time that does not tell how much of it was right.
-    pub fn token(&self, head: &Head) -> Result<()> {
+    pub fn token(&self, head: &Head) -> Result {
         let fields = head.all("authorization");
         let credentials = fields.first().and_then(|it| it.split_once(' '));
         let (scheme, given) = credentials.unwrap_or_default();

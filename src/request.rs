@@ -100,10 +100,10 @@ pub enum Answer {
     Busy(&'static str),
 }
 
-pub type Result<T> = std::result::Result<T, Answer>;
+pub type Result<T = ()> = std::result::Result<T, Answer>;
 
 /// An error with `otherwise`, unless it is so.
-pub fn ensure(is_so: bool, otherwise: Answer) -> Result<()> {
+pub fn ensure(is_so: bool, otherwise: Answer) -> Result {
     if is_so { Ok(()) } else { Err(otherwise) }
 }
 
@@ -134,7 +134,7 @@ impl Head {
     }
 
     /// RFC 9112 section 3.
-    fn parse_line(&mut self, line: &str) -> Result<()> {
+    fn parse_line(&mut self, line: &str) -> Result {
         let parts: Vec<&str> = line.split(' ').collect();
         let [method, target, version] = parts[..] else {
             return Err(MALFORMED_LINE);
@@ -189,7 +189,7 @@ impl<R: Read> Content<R> {
 
     /// Reads the next head into `head`, an empty one. One empty line before it is skipped (RFC 9112
     /// section 2.2); the connection's end there is `Gone`.
-    pub fn read_head(&mut self, head: &mut Head) -> Result<()> {
+    pub fn read_head(&mut self, head: &mut Head) -> Result {
         let begun = fill(&mut self.input).map(drop);
         ensure(begun != Err(BREAKS_OFF), Answer::Gone)?;
         let mut line = self.line(LONGEST_LINE, Answer::LineTooLong)?;
@@ -212,7 +212,7 @@ impl<R: Read> Content<R> {
 
     /// How the content is delimited, if there is any (RFC 9112 section 6.3), and what the client expects of the server before it sends
     /// it (RFC 9110 section 10.1.1).
-    fn set_framing(&mut self, head: &mut Head) -> Result<()> {
+    fn set_framing(&mut self, head: &mut Head) -> Result {
         let is_old = head.minor == 0;
         // RFC 9112 section 9.3.
         head.close = is_old || head.lists("connection", "close");
@@ -252,7 +252,7 @@ impl<R: Read> Content<R> {
 
     /// Reads the content to its end and passes it on, piece by piece. More than `room` bytes are too many, at once where the client
     /// says so beforehand.
-    pub fn read(&mut self, mut room: u64, mut pass_on: impl FnMut(&[u8])) -> Result<()> {
+    pub fn read(&mut self, mut room: u64, mut pass_on: impl FnMut(&[u8])) -> Result {
         loop {
             self.advance()?;
             ensure(self.left <= room, Answer::ContentTooLarge)?;
@@ -283,7 +283,7 @@ impl<R: Read> Content<R> {
     }
 
     /// Goes on to the next chunk's content, or to the end (RFC 9112 section 7.1). Extensions and trailer fields are read and ignored.
-    fn advance(&mut self) -> Result<()> {
+    fn advance(&mut self) -> Result {
         while self.left == 0 && self.next != Next::Request {
             // A chunk's content has nothing but the line's end after it.
             let limit = LONGEST_CHUNK_LINE * usize::from(self.next != Next::ChunkEnd);

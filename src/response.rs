@@ -49,12 +49,8 @@ pub fn render(head: &Head, answer: &Answer) -> Vec<u8> {
         Answer::Busy(_) => "Retry-After: 1\r\n".to_string(),
         _ => String::new(),
     };
-    whole(
-        head,
-        status,
-        &(field + PLAIN),
-        format!("{why}\n").as_bytes(),
-    )
+    let line = format!("{why}\n");
+    whole(head, status, &(field + PLAIN), line.as_bytes())
 }
 
 /// A command's output, so far its head.

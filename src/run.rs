@@ -48,7 +48,7 @@ pub fn run(
     content: &mut Content<Connection>,
     limits: &Limits,
     stream: Stream,
-) -> Result<()> {
+) -> Result {
     let now = Instant::now();
     // Reading content must not wait: the loop does.
     content.input.get_mut().deadline = now;
@@ -204,7 +204,7 @@ impl Run<'_> {
     }
 
     /// The outcome, last of all.
-    fn finish(mut self) -> Result<()> {
+    fn finish(mut self) -> Result {
         let status = self.child.reap();
         let (how, number) = match status.code() {
             Some(code) => ("exited", format!("code={code}")),

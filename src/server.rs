@@ -203,7 +203,7 @@ impl Conversation {
     }
 
     /// Runs a command and streams it. The content of a POST is its standard input.
-    fn run(&mut self, order: &Order) -> Result<()> {
+    fn run(&mut self, order: &Order) -> Result {
         let head = &self.head;
         let mut stream = response::begin_stream(head);
         if take(&mut self.content.awaits_continue) {
