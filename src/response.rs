@@ -99,7 +99,8 @@ pub fn ends_connection(answer: &Answer) -> bool {
 pub fn explain(answer: &Answer) -> (&'static str, &str) {
     use Answer::*;
     match answer {
-        Page | Head | Gone => ("200 OK", ""),
+        Gone => ("", ""),
+        Page | Head => ("200 OK", ""),
         Options(_) => ("204 No Content", ""),
         Repeated => ("204 No Content", "a reconnect runs nothing again"),
         Malformed(why) | Bad(why) => ("400 Bad Request", why),

@@ -144,7 +144,13 @@ impl Conversation {
         self.head = Head::default();
         let read = self.content.read_head(&mut self.head);
         self.head.origin = self.config.policy.foreign_origin(&self.head).ok().flatten();
-        let order = read.and_then(|()| self.check());
+        self.head.close |= !self.is_served;
+        let mut order = read.and_then(|()| self.check());
+        // Refusals come first.
+        let is_granted = |answer: &Answer| response::explain(answer).0.starts_with('2');
+        if !self.is_served && order.as_ref().map_or_else(is_granted, |_| true) {
+            order = Err(BUSY);
+        }
         if let Err(answer) = order.and_then(|order| self.run(&order)) {
             // Whether a client that was not told to go on sends its content all the same cannot be known.
             let is_unclear = self.content.awaits_continue || self.content.left > MOST_SKIPPED;
@@ -165,7 +171,6 @@ impl Conversation {
 
     /// Checks a request, in the order in which answers take precedence.
     fn check(&mut self) -> Result<Order> {
-        ensure(self.is_served, BUSY)?;
         let (config, head) = (self.config.clone(), &self.head);
         let (policy, path, method) = (&config.policy, head.path.as_str(), head.method.as_str());
         policy.host(head, self.content.client().local())?;

@@ -18,6 +18,21 @@ fn beyond_the_cap_clients_are_told_so() {
         );
         assert!(response.complete && response.field("date").is_some());
     }
+    // Refusals come before want of room.
+    for (request, status) in [
+        ("GET /run?command=true HTTP/1.1\r\nHost: evil.test", 421),
+        ("GET /none HTTP/1.1\r\nHost: localhost", 404),
+        ("GET /run?command= HTTP/1.1\r\nHost: localhost", 400),
+        ("GET / HTTP/1.1\r\nHost: localhost", 503),
+        ("OPTIONS * HTTP/1.1\r\nHost: localhost", 503),
+        ("HEAD /run?command=true HTTP/1.1\r\nHost: localhost", 503),
+    ] {
+        let mut client = server.connect();
+        client.write(format!("{request}\r\n\r\n"));
+        let head = client.head();
+        assert_eq!(head.status, status, "{request}");
+        assert_eq!(head.field("connection"), Some("close"), "{request}");
+    }
     // No answer comes before its request: proxies lose count.
     let mut client = server.connect();
     client
