@@ -6,10 +6,8 @@
 use crate::sys::{self, POLLIN};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::{net::UnixListener, net::UnixStream, prelude::*};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
-use std::{ffi::c_short, fmt, fs, io, io::ErrorKind};
+use std::{ffi::c_short, fmt, fs, io, io::ErrorKind, path::Path, path::PathBuf, sync::Arc};
 
 /// The longest that anything waits before it sees what else has happened. All times are kept to within a tick.
 pub const TICK: Duration = Duration::from_millis(100);

@@ -31,9 +31,7 @@ mod sys;
 
 use config::{Config, Exit, TOKEN_VARIABLE};
 use listener::Listener;
-use std::ffi::OsString;
-use std::io::Write;
-use std::process::ExitCode;
+use std::{ffi::OsString, io::Write, process::ExitCode};
 
 fn main() -> ExitCode {
     let token = std::env::var_os(TOKEN_VARIABLE);

@@ -5,7 +5,6 @@
 
 use Answer::{Bad, HeadTooLarge, Malformed};
 use std::io::{BufRead, BufReader, ErrorKind, Read};
-use std::mem::take;
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
 const LONGEST_LINE: usize = 8 << 10;
@@ -320,7 +319,10 @@ impl<R: Read> Content<R> {
             match (self.line.last(), byte) {
                 (Some(b'\r'), b'\n') => {
                     self.line.pop();
-                    return Ok(take(&mut self.line).into_iter().map(char::from).collect());
+                    return Ok(std::mem::take(&mut self.line)
+                        .into_iter()
+                        .map(char::from)
+                        .collect());
                 }
                 (Some(b'\r'), _) | (_, b'\n') => return Err(Malformed("bare CR or LF")),
                 _ if self.line.len() == limit && byte != b'\r' => return Err(too_long),

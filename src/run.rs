@@ -28,9 +28,6 @@ const LARGEST_BUFFER: usize = 32 << 10;
 /// The most that two pipes hold unless root says otherwise (pipe(7)). What an escaped process goes on writing is not waited for.
 const MOST_IN_PIPES: u64 = 2 << 20;
 
-/// How long to wait, at first, for a leader whose pipes have ended.
-const FIRST_NAP: Duration = Duration::from_micros(20);
-
 /// The options that bound a command's life.
 pub struct Limits {
     /// Zero is none.
@@ -114,7 +111,7 @@ impl Run<'_> {
         let mut wait = if is_due { Duration::ZERO } else { TICK };
         if !self.is_open() {
             // A leader exits right after its pipes have ended or, having closed them, at any time. `poll` waits no less than 1 ms.
-            wait = self.heard.elapsed().clamp(FIRST_NAP, TICK);
+            wait = self.heard.elapsed().clamp(Duration::from_micros(20), TICK);
             if wait < Duration::from_millis(1) {
                 thread::sleep(wait);
             }

@@ -7,11 +7,10 @@ use crate::request::{Answer, Content, Head, Result, ensure, form_value};
 use crate::response::{self, CONTINUE, PAGE_METHODS, RUN_METHODS};
 use crate::sys::{self, POLLIN, POLLOUT};
 use crate::{config::Config, policy::Order, run};
-use std::hint::black_box;
 use std::io::{self, prelude::*};
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
-use std::{fs::File, mem::take, net::Shutdown, process::Stdio, sync::Arc, thread};
+use std::{fs::File, hint::black_box, mem::take, net::Shutdown, process::Stdio, sync::Arc, thread};
 
 /// Of every thread. Buffers are on the heap; a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
@@ -124,13 +123,12 @@ impl Conversation {
     }
 
     fn hold(&mut self) {
-        self.allow(REQUEST_TIME);
-        while self.exchange() {
-            self.allow(IDLE_TIME);
-            if self.content.input.fill_buf().map_or(true, <[u8]>::is_empty) {
-                return;
-            }
+        let mut is_open = true;
+        while is_open {
             self.allow(REQUEST_TIME);
+            is_open = self.exchange();
+            self.allow(IDLE_TIME);
+            is_open = is_open && self.content.input.fill_buf().is_ok_and(|it| !it.is_empty());
         }
     }
 
@@ -144,7 +142,6 @@ impl Conversation {
         self.head = Head::default();
         let read = self.content.read_head(&mut self.head);
         self.head.origin = self.config.policy.foreign_origin(&self.head).ok().flatten();
-        self.head.close |= !self.is_served;
         let mut order = read.and_then(|()| self.check());
         // Refusals come first.
         let is_granted = |answer: &Answer| response::explain(answer).0.starts_with('2');
@@ -154,7 +151,8 @@ impl Conversation {
         if let Err(answer) = order.and_then(|order| self.run(&order)) {
             // Whether a client that was not told to go on sends its content all the same cannot be known.
             let is_unclear = self.content.awaits_continue || self.content.left > MOST_SKIPPED;
-            self.head.close |= is_unclear || response::ends_connection(&answer);
+            self.head.close |= is_unclear || !self.is_served;
+            self.head.close |= response::ends_connection(&answer);
             if answer == Answer::Gone || !self.reply(&answer) {
                 return false;
             }
