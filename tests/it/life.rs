@@ -534,3 +534,22 @@ fn nothing_follows_exit() {
         assert_eq!(events.last().unwrap().event, "exit", "{left}");
     }
 }
+
+/// It is the client that pauses then, not the output of what the command left running.
+#[test]
+fn leftovers_are_not_taken_for_quiet_while_the_client_pauses() {
+    let server = Server::start(&["--grace", "20"]);
+    let length = 20_000_000;
+    let (mut client, pid) = server.begin(&format!("sh -c 'head -c {length} /dev/zero &'"));
+    wait_for("the leader to exit", || {
+        stat_field(pid, 0).is_none_or(|state| state == "Z")
+    });
+    std::thread::sleep(Duration::from_secs(1));
+    let events = client.rest();
+    assert_eq!(outcome(&events), "exited:0");
+    let data = &events.last().unwrap().data;
+    assert!(
+        data.contains(&format!("\"stdout_bytes\":{length}")),
+        "{data}"
+    );
+}
