@@ -293,7 +293,9 @@ impl Client {
         if response.status < 200 || response.status == 204 {
             response.complete = true;
         } else if response.field("transfer-encoding").is_some() {
+            let start = Instant::now();
             while let Some(chunk) = self.chunk() {
+                assert!(start.elapsed() < PATIENCE, "a response without an end");
                 if chunk.is_empty() {
                     response.trailers = self.fields();
                     response.complete = true;
@@ -337,8 +339,9 @@ impl Client {
 
     /// Reads chunks until what they hold has `text` in it.
     pub fn read_until(&mut self, text: &str) -> String {
-        let mut content = String::new();
+        let (mut content, start) = (String::new(), Instant::now());
         while !content.contains(text) {
+            assert!(start.elapsed() < PATIENCE, "no {text:?} in {content:?}");
             let chunk = self
                 .chunk()
                 .unwrap_or_else(|| panic!("cut off after {content:?}"));
@@ -350,8 +353,10 @@ impl Client {
 
     /// Reads to the last chunk of an event stream whose head was read.
     pub fn rest(&mut self) -> Vec<Event> {
-        let mut content = Vec::new();
+        let (mut content, start) = (Vec::new(), Instant::now());
         loop {
+            // Comments may come for ever.
+            assert!(start.elapsed() < PATIENCE, "a stream without an end");
             let chunk = self.chunk().expect("a stream that is not cut off");
             if chunk.is_empty() {
                 assert!(self.fields().is_empty());
