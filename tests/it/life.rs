@@ -496,6 +496,13 @@ fn room_of_an_idle_client(server: &Server) -> u64 {
     before
 }
 
+/// Waits until a command has exited, reaped or not.
+fn has_exited(pid: u32) {
+    wait_for("the command to exit", || {
+        stat_field(pid, 0).is_none_or(|state| state == "Z")
+    });
+}
+
 /// The command has exited and its group is killed, while the last of its output is still in the pipe or in the server.
 #[test]
 fn a_client_that_pauses_gets_all_that_was_written() {
@@ -503,9 +510,7 @@ fn a_client_that_pauses_gets_all_that_was_written() {
     let room = room_of_an_idle_client(&server);
     for length in [room - 40_000, room - 100_000] {
         let (mut client, pid) = server.begin(&format!("head -c {length} /dev/zero"));
-        wait_for("the command to exit", || {
-            stat_field(pid, 0).is_none_or(|state| state == "Z")
-        });
+        has_exited(pid);
         std::thread::sleep(Duration::from_secs(1));
         let events = client.rest();
         assert_eq!(outcome(&events), "exited:0");
@@ -524,9 +529,7 @@ fn nothing_follows_exit() {
     for left in [66_000, 74_000, 82_000, 90_000] {
         let server = Server::start(&["--grace", "1"]);
         let (mut client, pid) = server.begin(&format!("head -c {} /dev/zero", room - left));
-        wait_for("the command to exit", || {
-            stat_field(pid, 0).is_none_or(|state| state == "Z")
-        });
+        has_exited(pid);
         server.signal("TERM");
         server.logged(&["shutdown"]);
         std::thread::sleep(Duration::from_millis(300));
@@ -541,9 +544,7 @@ fn leftovers_are_not_taken_for_quiet_while_the_client_pauses() {
     let server = Server::start(&["--grace", "20"]);
     let length = 20_000_000;
     let (mut client, pid) = server.begin(&format!("sh -c 'head -c {length} /dev/zero &'"));
-    wait_for("the leader to exit", || {
-        stat_field(pid, 0).is_none_or(|state| state == "Z")
-    });
+    has_exited(pid);
     std::thread::sleep(Duration::from_secs(1));
     let events = client.rest();
     assert_eq!(outcome(&events), "exited:0");

@@ -179,15 +179,9 @@ fn log_lines_are_of_one_form_and_cannot_be_forged() {
 fn waiting_takes_no_processor_time() {
     let server = Server::start(&["--timeout", "1", "--grace", "0.2"]);
     let patient = Server::start(&[]);
-    let post = |server: &Server, command: &str, content: &str| {
-        let mut client = server.connect();
-        client.write(format!(
-            "POST {} HTTP/1.1\r\nHost: {}\r\nContent-Length: 1000000\r\n\r\n{content}",
-            run_target(command),
-            server.address
-        ));
-        client.started();
-        client
+    let post = |command: &str, content: &str| {
+        let rest = format!("Content-Length: 1000000\r\n\r\n{content}");
+        patient.begin_post(command, &rest).0
     };
     let half_closed = patient.begin("sleep 1000").0;
     half_closed.half_close();
@@ -197,9 +191,9 @@ fn waiting_takes_no_processor_time() {
         // Its pipes have ended, its client does not read, its input is not read, is closed, or does not come.
         patient.begin("sh -c 'exec >&- 2>&-; exec sleep 1000'").0,
         patient.begin("yes").0,
-        post(&patient, "sleep 1000", &"x".repeat(200_000)),
-        post(&patient, "sh -c 'exec <&-; exec sleep 1000'", "x"),
-        post(&patient, "cat", ""),
+        post("sleep 1000", &"x".repeat(200_000)),
+        post("sh -c 'exec <&-; exec sleep 1000'", "x"),
+        post("cat", ""),
         // Killed, while its client does not read what is left.
         server.begin("yes").0,
     ];

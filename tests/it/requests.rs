@@ -499,12 +499,7 @@ fn expect_is_answered_once_the_request_is_accepted() {
 #[test]
 fn content_is_streamed_to_the_command_as_it_comes() {
     let server = Server::start(&[]);
-    let mut client = server.connect();
-    client.write(format!(
-        "POST /run?command=cat HTTP/1.1\r\nHost: {}\r\nTransfer-Encoding: chunked\r\n\r\n",
-        server.address
-    ));
-    client.started();
+    let (mut client, _) = server.begin_post("cat", "Transfer-Encoding: chunked\r\n\r\n");
     for word in ["one", "two", "six"] {
         client.write(format!("3\r\n{word}\r\n"));
         client.read_until(word);
@@ -528,13 +523,8 @@ fn content_is_streamed_to_the_command_as_it_comes() {
 #[test]
 fn content_that_the_command_does_not_want_is_passed_over() {
     let server = Server::start(&[]);
-    let mut client = server.connect();
-    client.write(format!(
-        "POST {} HTTP/1.1\r\nHost: {}\r\nTransfer-Encoding: chunked\r\n\r\n",
-        run_target("sh -c 'exec <&-; echo ready; exec sleep 1000'"),
-        server.address
-    ));
-    client.started();
+    let command = "sh -c 'exec <&-; echo ready; exec sleep 1000'";
+    let (mut client, _) = server.begin_post(command, "Transfer-Encoding: chunked\r\n\r\n");
     client.read_until("ready");
     let stream = client.stream.get_mut();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
@@ -551,12 +541,7 @@ fn content_that_the_command_does_not_want_is_passed_over() {
 #[test]
 fn content_may_pause_for_longer_than_a_head_may_take() {
     let server = Server::start(&[]);
-    let mut client = server.connect();
-    client.write(format!(
-        "POST /run?command=cat HTTP/1.1\r\nHost: {}\r\nContent-Length: 6\r\n\r\none",
-        server.address
-    ));
-    client.started();
+    let (mut client, _) = server.begin_post("cat", "Content-Length: 6\r\n\r\none");
     client.read_until("one");
     std::thread::sleep(Duration::from_millis(11_500));
     client.write("two");
@@ -570,12 +555,7 @@ fn content_may_pause_for_longer_than_a_head_may_take() {
 #[test]
 fn a_command_that_reads_slowly_slows_its_client() {
     let server = Server::start(&[]);
-    let mut client = server.connect();
-    client.write(format!(
-        "POST /run?command=sleep+1000 HTTP/1.1\r\nHost: {}\r\nContent-Length: 100000000\r\n\r\n",
-        server.address
-    ));
-    let pid = client.started();
+    let (mut client, pid) = server.begin_post("sleep 1000", "Content-Length: 100000000\r\n\r\n");
     client
         .stream
         .get_ref()
@@ -621,7 +601,6 @@ fn content_may_come_after_its_command_has_ended() {
 #[test]
 fn content_that_breaks_off_ends_the_command() {
     let server = Server::start(&[]);
-    let host = &server.address;
     let rest = server.at_rest();
     for (framing, part) in [
         ("Content-Length: 10", "abc"),
@@ -629,11 +608,7 @@ fn content_that_breaks_off_ends_the_command() {
         ("Transfer-Encoding: chunked", "3\r\nabc\r\nzz\r\n"),
         ("Transfer-Encoding: chunked", "3\r\nabcd\r\n"),
     ] {
-        let mut client = server.connect();
-        client.write(format!(
-            "POST /run?command=cat HTTP/1.1\r\nHost: {host}\r\n{framing}\r\n\r\n"
-        ));
-        client.started();
+        let (mut client, _) = server.begin_post("cat", &format!("{framing}\r\n\r\n"));
         client.write(part);
         client.read_until("abc");
         client.half_close();

@@ -103,11 +103,19 @@ impl Server {
 
     /// Starts a command, and waits for its `start`.
     pub fn begin(&self, command: &str) -> (Client, u32) {
-        let mut client = self.connect();
+        self.begin_by("GET", command, "\r\n")
+    }
+
+    /// The same for one that is fed; `rest` is what follows the `Host` field.
+    pub fn begin_post(&self, command: &str, rest: &str) -> (Client, u32) {
+        self.begin_by("POST", command, rest)
+    }
+
+    fn begin_by(&self, method: &str, command: &str, rest: &str) -> (Client, u32) {
+        let (mut client, target) = (self.connect(), run_target(command));
+        let host = &self.address;
         client.write(format!(
-            "GET {} HTTP/1.1\r\nHost: {}\r\n\r\n",
-            run_target(command),
-            self.address
+            "{method} {target} HTTP/1.1\r\nHost: {host}\r\n{rest}"
         ));
         let pid = client.started();
         (client, pid)
