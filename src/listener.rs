@@ -129,7 +129,7 @@ impl Connection {
     pub fn wait(&self, events: c_short, deadline: Instant) -> bool {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            if sys::ready(&*self.socket, events, left.min(TICK)) != 0 {
+            if sys::ready(&self.socket, events, left.min(TICK)) != 0 {
                 return true;
             }
             if left.is_zero() || sys::signals() > 0 {

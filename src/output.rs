@@ -3,7 +3,7 @@
 //!
 //! All is appended to one batch, which the caller sends in one write as one chunk; each byte of output is copied once. Text
 //! is validated a vector at a time; the search for what JSON must escape looks at eight bytes at a time, since most output has something
-//! to escape only at line ends. What is not UTF-8 is left to std.
+//! to escape only at line ends. What is not UTF-8 is taken apart by std, and escaped byte by byte.
 
 use crate::clock::unix_millis;
 use std::io::Write as _;
@@ -166,10 +166,9 @@ fn decode(bytes: &[u8], out: &mut Vec<u8>) {
     }
     for chunk in bytes.utf8_chunks() {
         // Mostly a few bytes: too short to search.
-        chunk
-            .valid()
-            .bytes()
-            .for_each(|byte| escape_byte(byte, out));
+        for byte in chunk.valid().bytes() {
+            escape_byte(byte, out);
+        }
         if !chunk.invalid().is_empty() {
             out.extend_from_slice("\u{fffd}".as_bytes());
         }

@@ -319,10 +319,8 @@ impl<R: Read> Content<R> {
             match (self.line.last(), byte) {
                 (Some(b'\r'), b'\n') => {
                     self.line.pop();
-                    return Ok(std::mem::take(&mut self.line)
-                        .into_iter()
-                        .map(char::from)
-                        .collect());
+                    let line = std::mem::take(&mut self.line);
+                    return Ok(line.into_iter().map(char::from).collect());
                 }
                 (Some(b'\r'), _) | (_, b'\n') => return Err(Malformed("bare CR or LF")),
                 _ if self.line.len() == limit && byte != b'\r' => return Err(too_long),

@@ -228,7 +228,7 @@ impl Run<'_> {
         self.looked = now;
         if self.lost.is_none() {
             let events = sys::POLLRDHUP | POLLIN;
-            let state = sys::ready(&*self.content.client().socket, events, Duration::ZERO);
+            let state = sys::ready(&self.content.client().socket, events, Duration::ZERO);
             let half_closed = state & sys::POLLRDHUP != 0;
             // A connection's end looks like a half-close, or hides behind content that is not read. A comment brings it out: it is
             // answered with a reset, which the next look sees.

@@ -96,7 +96,7 @@ fn start_thread(shared: &(Arc<Listener>, Arc<Config>, Arc<()>), client: Connecti
     let builder = thread::Builder::new().stack_size(STACK);
     if !is_told || !has_room || builder.spawn(converse).is_err() {
         // nginx takes an answer that precedes its request for the beginning of the next instance's, and says 502.
-        sys::ready(&*client.socket, POLLIN, ACCEPT_PAUSE);
+        sys::ready(&client.socket, POLLIN, ACCEPT_PAUSE);
         let mut refused = Conversation::new(config.clone(), client, false);
         refused.head.close = true;
         refused.reply(&BUSY);
