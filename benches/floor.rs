@@ -22,29 +22,19 @@ impl Server {
     fn start() -> Server {
         let mut command = Command::new(BINARY);
         command.args(["--listen", "127.0.0.1:0", "--max-connections", "200"]);
-        let mut process = command
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim_end().rsplit('/').next().unwrap().to_string();
         Server { process, address }
     }
 
     fn request(&self, command: &str, version: &str) -> TcpStream {
         let mut stream = TcpStream::connect(&self.address).unwrap();
-        stream
-            .set_read_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
         let command = command.replace(' ', "+");
-        let request = format!(
-            "GET /run?command={command} HTTP/{version}\r\nHost: {}\r\n\r\n",
-            self.address
-        );
+        let request =
+            format!("GET /run?command={command} HTTP/{version}\r\nHost: {}\r\n\r\n", self.address);
         stream.write_all(request.as_bytes()).unwrap();
         stream
     }
@@ -66,29 +56,21 @@ impl Server {
             "\"out\":\"exited\",\"code\":0".to_string(),
             format!("\"stdout_bytes\":{bytes},\"stderr_bytes\":0"),
         ];
-        assert!(
-            expected.iter().all(|part| tail.contains(part)),
-            "{command}: {tail}"
-        );
+        assert!(expected.iter().all(|part| tail.contains(part)), "{command}: {tail}");
     }
 
     /// Proportional memory, in kB.
     fn memory(&self) -> f64 {
         let rollup =
             std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.process.id())).unwrap();
-        let line = rollup
-            .lines()
-            .find(|line| line.starts_with("Pss:"))
-            .unwrap();
+        let line = rollup.lines().find(|line| line.starts_with("Pss:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 }
 
 impl Drop for Server {
     fn drop(&mut self) {
-        let _ = Command::new("kill")
-            .arg(self.process.id().to_string())
-            .status();
+        let _ = Command::new("kill").arg(self.process.id().to_string()).status();
         let _ = self.process.wait();
     }
 }
@@ -99,11 +81,8 @@ fn copy_raw(command: &str) {
     let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let (mut socket, _) = listener.accept().unwrap();
     let mut words = command.split(' ');
-    let mut process = Command::new(words.next().unwrap())
-        .args(words)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut process =
+        Command::new(words.next().unwrap()).args(words).stdout(Stdio::piped()).spawn().unwrap();
     let copier = std::thread::spawn(move || {
         let (mut pipe, mut buffer) = (process.stdout.take().unwrap(), vec![0; 64 << 10]);
         loop {
@@ -143,10 +122,7 @@ fn in_threads(threads: usize, count: usize, work: impl Fn() + Sync) {
 fn compare(mut ours: impl FnMut(), mut floor: impl FnMut()) -> (f64, f64) {
     let mut times = [Vec::new(), Vec::new()];
     for _ in 0..ROUNDS {
-        for (index, work) in [&mut ours as &mut dyn FnMut(), &mut floor]
-            .into_iter()
-            .enumerate()
-        {
+        for (index, work) in [&mut ours as &mut dyn FnMut(), &mut floor].into_iter().enumerate() {
             let start = Instant::now();
             work();
             times[index].push(start.elapsed().as_secs_f64());
@@ -173,9 +149,7 @@ fn test_file(name: &str) -> std::path::PathBuf {
         "lines" => "The quick brown fox jumps over the lazy dog, and says \"so what\" to it.\n"
             .as_bytes()
             .to_vec(),
-        "languages" => "Größe, 大きさ, размер, μέγεθος, حجم, 😀 and size.\n"
-            .as_bytes()
-            .to_vec(),
+        "languages" => "Größe, 大きさ, размер, μέγεθος, حجم, 😀 and size.\n".as_bytes().to_vec(),
         _ => {
             let mut state = 1_u32;
             let mut next = || {
@@ -234,12 +208,7 @@ fn main() {
         || (0..100).for_each(|_| spawn_raw()),
     );
     let millis = |seconds: f64| format!("{:.2}", seconds * 10.0);
-    row(
-        "request to start event, ms",
-        millis(ours),
-        millis(floor),
-        format!("{:.2}", ours / floor),
-    );
+    row("request to start event, ms", millis(ours), millis(floor), format!("{:.2}", ours / floor));
     drop(server);
 
     let server = Server::start();

@@ -48,47 +48,16 @@ mod tests {
     #[test]
     fn dates_of_known_moments() {
         let table = [
-            (
-                0,
-                "1970-01-01T00:00:00.000Z",
-                "Thu, 01 Jan 1970 00:00:00 GMT",
-            ),
-            (
-                951_782_399_999,
-                "2000-02-28T23:59:59.999Z",
-                "Mon, 28 Feb 2000 23:59:59 GMT",
-            ),
-            (
-                951_782_400_001,
-                "2000-02-29T00:00:00.001Z",
-                "Tue, 29 Feb 2000 00:00:00 GMT",
-            ),
-            (
-                1_078_012_800_000,
-                "2004-02-29T00:00:00.000Z",
-                "Sun, 29 Feb 2004 00:00:00 GMT",
-            ),
-            (
-                1_795_348_800_000,
-                "2026-11-22T12:00:00.000Z",
-                "Sun, 22 Nov 2026 12:00:00 GMT",
-            ),
-            (
-                4_107_542_400_000,
-                "2100-03-01T00:00:00.000Z",
-                "Mon, 01 Mar 2100 00:00:00 GMT",
-            ),
-            (
-                13_574_563_200_000,
-                "2400-02-29T00:00:00.000Z",
-                "Tue, 29 Feb 2400 00:00:00 GMT",
-            ),
+            (0, "1970-01-01T00:00:00.000Z", "Thu, 01 Jan 1970 00:00:00 GMT"),
+            (951_782_399_999, "2000-02-28T23:59:59.999Z", "Mon, 28 Feb 2000 23:59:59 GMT"),
+            (951_782_400_001, "2000-02-29T00:00:00.001Z", "Tue, 29 Feb 2000 00:00:00 GMT"),
+            (1_078_012_800_000, "2004-02-29T00:00:00.000Z", "Sun, 29 Feb 2004 00:00:00 GMT"),
+            (1_795_348_800_000, "2026-11-22T12:00:00.000Z", "Sun, 22 Nov 2026 12:00:00 GMT"),
+            (4_107_542_400_000, "2100-03-01T00:00:00.000Z", "Mon, 01 Mar 2100 00:00:00 GMT"),
+            (13_574_563_200_000, "2400-02-29T00:00:00.000Z", "Tue, 29 Feb 2400 00:00:00 GMT"),
         ];
         for (millis, log, field) in table {
-            assert_eq!(
-                (rfc3339(millis).as_str(), imf_fixdate(millis).as_str()),
-                (log, field)
-            );
+            assert_eq!((rfc3339(millis).as_str(), imf_fixdate(millis).as_str()), (log, field));
         }
     }
 
@@ -98,25 +67,10 @@ mod tests {
         let midnight = "00:00:00".to_string();
         let (mut year, mut month, mut day) = (1970, 1, 1);
         for days in 0..146_097 {
-            assert_eq!(
-                calendar(days * 86_400),
-                (year, month, day, midnight.clone())
-            );
+            assert_eq!(calendar(days * 86_400), (year, month, day, midnight.clone()));
             let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-            let last = [
-                31,
-                if leap { 29 } else { 28 },
-                31,
-                30,
-                31,
-                30,
-                31,
-                31,
-                30,
-                31,
-                30,
-                31,
-            ][month as usize - 1];
+            let last = [31, if leap { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
+                [month as usize - 1];
             day += 1;
             if day > last {
                 (day, month) = (1, month + 1);

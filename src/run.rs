@@ -1,35 +1,47 @@
-//! The one loop: everything that can happen to a running command's stream, and to its command, happens here.
+//! One command's stream, from its `start` to its `exit`: everything that can happen to a running command and
+//! to its client happens here.
 //!
-//! The connection's thread waits with `poll` for output, for content and for room to write. Output is read when all that was read before
-//! has been sent, so a slow client slows the command down. On every turn it looks, at most once a tick, at what else can end a command:
-//! the client, the leader's exit, time, and the server's own end. The way not taken, a thread that reads each pipe and a channel,
-//! takes 110 us more for each run, a switch of threads more for each event, and needs ways to end a thread whose pipe something
-//! outside the group keeps open.
+//! Threads read the command's pipes and feed it (`pipes`); the connection's thread takes what they have read
+//! from a channel, encodes it and writes it. The channel is bounded, so a client that reads slowly slows the
+//! command down. Once a tick the connection's thread looks at all that ends a command: the client, the
+//! leader, the clock, and the server's own end. Nothing a command does to its pipes can hold this thread.
 
-use crate::child::Child;
-use crate::listener::{Connection, TICK, is_passing};
+use crate::child::{Child, Pipes};
 use crate::log::{self, quoted};
-use crate::request::{Answer, Content, ENDLESS, Result};
-use crate::sys::{self, POLLIN, POLLOUT};
-use crate::{output::SOURCES, output::Stream};
-use std::io::{ErrorKind, Read, Write};
-use std::os::unix::prelude::*;
+use crate::output::{Outcome, Source, Stream};
+use crate::pipes::{self, Content, Message, TICK, is_passing};
+use crate::refusal::Refusal;
+use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
+use std::io::{self, ErrorKind, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::{self, Scope};
 use std::time::{Duration, Instant};
-use std::{ffi::c_short, fs::File, thread};
 
-/// How often a client that may be gone is written to. With a tick to see the answer, that is told from one that has only finished
-/// sending well within half a second.
-const PROBE: Duration = Duration::from_millis(200);
+/// Messages of up to 64 KiB, from each reader one.
+const CHANNEL: usize = 1;
+/// Output that is encoded for one write. A piece may be six times as long when it is encoded.
+const BATCH: usize = 64 << 10;
 /// What a command left running may pause for before the stream ends.
 const QUIET: Duration = Duration::from_millis(250);
-/// A silent stream must cost little, a loud one few calls: the buffer grows as long as reads fill it.
-const FIRST_BUFFER: usize = 4 << 10;
-const LARGEST_BUFFER: usize = 32 << 10;
-/// The most that two pipes hold unless root says otherwise (pipe(7)). What an escaped process goes on writing is not waited for.
-const MOST_IN_PIPES: u64 = 2 << 20;
+/// A leader that was sent SIGKILL is dead by then, or cannot be killed.
+const KILL_TIME: Duration = Duration::from_secs(1);
+/// The first wait for a leader to exit whose pipes have ended, as they do just before.
+const FIRST_WAIT: Duration = Duration::from_micros(50);
+/// Comments by which a half-close is told from a connection's end, before the heartbeat has to do.
+const PROBES: u32 = 2;
+/// How long a client that does not read can hold up the server's end.
+const LAST_STALL: Duration = Duration::from_millis(300);
+/// The `out` of a command that has no exit status.
+const LEFT: &str = "left";
+/// Of a thread that reads or feeds: its buffers are on the heap.
+const STACK: usize = 64 << 10;
 
-/// The options that bound a command's life.
+/// The options that bound commands.
 pub struct Limits {
+    /// Running at once.
+    pub max_commands: usize,
     /// Zero is none.
     pub timeout: Duration,
     pub grace: Duration,
@@ -38,278 +50,478 @@ pub struct Limits {
     pub verbose: bool,
 }
 
-/// Streams a command, feeds it `content` if it has a standard input, and sees to its end. `stream` begins with the response's head.
-/// `Gone` where not all was written, `exit` included.
-pub fn run(
-    child: Child,
-    content: &mut Content<Connection>,
-    limits: &Limits,
-    stream: Stream,
-) -> Result {
-    let now = Instant::now();
-    // Reading content must not wait: the loop does.
-    content.input.get_mut().deadline = now;
-    let mut run = Run {
-        child,
-        content,
-        limits,
-        stream,
-        buffer: Vec::new(),
-        started: now,
-        looked: now,
-        written: now,
-        heard: now,
-        lost: None,
-        ending: None,
-        exited: None,
-        killed: None,
-    };
-    run.stream.start(run.child.pid);
-    run.send();
-    while run.is_open() || !run.has_exited() {
-        run.turn();
+/// What all runs have in common: their limits, their places, and how the server's end stands.
+pub struct Commands {
+    pub limits: Limits,
+    running: AtomicUsize,
+    end: AtomicU8,
+}
+
+/// The server's end, as it goes on.
+#[derive(Clone, Copy, PartialEq, PartialOrd)]
+pub enum End {
+    NotYet = 0,
+    /// Every command is being asked to end.
+    Asked = 1,
+    /// Nobody waits any longer.
+    AtOnce = 2,
+}
+
+/// The right to run one command; free again when it is dropped.
+pub struct Place<'a>(&'a Commands);
+
+impl Commands {
+    pub fn new(limits: Limits) -> Commands {
+        Commands { limits, running: AtomicUsize::new(0), end: AtomicU8::new(End::NotYet as u8) }
     }
-    run.finish()
+
+    /// A place for a command, if there is one.
+    pub fn place(&self) -> Option<Place<'_>> {
+        let most = self.limits.max_commands;
+        let one_more = |running| {
+            if running < most { Some(running + 1) } else { None }
+        };
+        let taken = self.running.fetch_update(SeqCst, SeqCst, one_more);
+        if taken.is_ok() { Some(Place(self)) } else { None }
+    }
+
+    /// How many run.
+    pub fn running(&self) -> usize {
+        self.running.load(SeqCst)
+    }
+
+    /// Tells all runs of the server's end.
+    pub fn end(&self, end: End) {
+        self.end.store(end as u8, SeqCst);
+    }
+
+    /// Whether the server's end has come that far.
+    pub fn is_ending(&self, end: End) -> bool {
+        self.end.load(SeqCst) >= end as u8
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Who gets the stream. The socket's writes time out after a tick.
+pub struct Client<'a> {
+    pub socket: &'a TcpStream,
+    pub peer: SocketAddr,
+}
+
+/// A command that was started, and what belongs to its stream.
+pub struct Started<'a> {
+    pub child: Child,
+    pub pipes: Pipes,
+    pub place: Place<'a>,
+    /// As it was asked for.
+    pub text: &'a [u8],
+    /// What is to be fed, if anything.
+    pub content: Content<'a>,
+    /// Goes out with the first event.
+    pub head: Vec<u8>,
+    pub stream: Stream,
+    pub is_events: bool,
+}
+
+/// Streams a command, feeds it, and sees to its end. Returns whether the client got all of it, `exit`
+/// included; or, before anything was sent, that there is no thread to be had.
+pub fn run(started: Started, client: &Client, commands: &Commands) -> Result<bool, Refusal> {
+    let Started { child, pipes, place, text, content, head, stream, is_events } = started;
+    let (sender, messages) = sync_channel(CHANNEL);
+    let is_over = AtomicBool::new(false);
+    let (peer, pid) = (client.peer, child.pid);
+    thread::scope(|scope| {
+        let threads = start_threads(scope, pipes, &content, &sender, &is_over);
+        if threads.is_err() {
+            // Those that were started end by it; the child is killed as it is dropped.
+            is_over.store(true, SeqCst);
+            return Err(Refusal::Busy("thread"));
+        }
+        log::line(format_args!("run peer={peer} pid={pid} command={}", quoted(text)));
+        let now = Instant::now();
+        let mut run = Run {
+            child,
+            client,
+            commands,
+            stream,
+            is_events,
+            batch: head,
+            sent: 0,
+            phase: Phase::Running,
+            why: None,
+            loss: None,
+            open_outputs: 2,
+            outputs_ended: now,
+            stdin: None,
+            started: now,
+            looked: now,
+            written: now,
+            heard: now,
+            probes: 0,
+        };
+        run.stream.start(pid, commands.limits.heartbeat);
+        run.send();
+        while !run.is_over() {
+            run.receive(&messages);
+            run.send();
+            run.look(&is_over);
+        }
+        is_over.store(true, SeqCst);
+        // A reader that waits for room in the channel sees that nobody receives any more.
+        drop(messages);
+        Ok(run.finish(place))
+    })
+}
+
+fn start_threads<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    pipes: Pipes,
+    content: &'scope Content,
+    run: &SyncSender<Message>,
+    is_over: &'scope AtomicBool,
+) -> io::Result<()> {
+    // `spawn` would panic where no thread is to be had.
+    let builder = || thread::Builder::new().stack_size(STACK);
+    let Pipes { stdin, stdout, stderr } = pipes;
+    let sender = run.clone();
+    let read_stdout = move || pipes::read(stdout, Source::Stdout, &sender, is_over);
+    builder().spawn_scoped(scope, read_stdout)?;
+    let sender = run.clone();
+    let read_stderr = move || pipes::read(stderr, Source::Stderr, &sender, is_over);
+    builder().spawn_scoped(scope, read_stderr)?;
+    if let Some(stdin) = stdin {
+        let sender = run.clone();
+        let feed = move || pipes::feed(content, stdin, &sender, is_over);
+        builder().spawn_scoped(scope, feed)?;
+    }
+    Ok(())
+}
+
+/// How far a command's life has come. Each phase but the first knows when it began.
+#[derive(Clone, Copy, PartialEq)]
+enum Phase {
+    Running,
+    /// The leader has exited by itself; what it left running in its group may still write for a moment.
+    Leftovers(Instant),
+    /// SIGTERM was sent to all.
+    Asked(Instant),
+    /// SIGKILL was sent to all. Output is read only as far as it has been written.
+    Killed(Instant),
+    /// SIGKILL did not end the leader.
+    GivenUp,
+}
+
+/// Why the server ends a command.
+#[derive(Clone, Copy, PartialEq)]
+enum Why {
+    ClientLost,
+    ContentBrokeOff,
+    Timeout,
+    Shutdown,
+}
+
+/// How the client was lost.
+#[derive(Clone, Copy, PartialEq)]
+enum Loss {
+    Gone,
+    Stalled,
 }
 
 struct Run<'a> {
     child: Child,
-    content: &'a mut Content<Connection>,
-    limits: &'a Limits,
+    client: &'a Client<'a>,
+    commands: &'a Commands,
     stream: Stream,
-    buffer: Vec<u8>,
+    is_events: bool,
+    /// Bytes for the client, of which so many were sent.
+    batch: Vec<u8>,
+    sent: usize,
+    phase: Phase,
+    why: Option<Why>,
+    loss: Option<Loss>,
+    /// How many of stdout and stderr have not ended.
+    open_outputs: u32,
+    /// When the last of them did.
+    outputs_ended: Instant,
+    /// The command's standard input, where its content broke off.
+    stdin: Option<std::process::ChildStdin>,
     started: Instant,
-    /// When it last looked around.
+    /// When it was last looked around.
     looked: Instant,
-    /// When something was last to be written, or was: silence counts from here, and a stall.
+    /// When the client last took something: silence and a stall count from here.
     written: Instant,
-    /// When output was last taken and passed on.
+    /// When there was last something to send.
     heard: Instant,
-    /// How the client was lost: `gone` or `stalled`.
-    lost: Option<&'static str>,
-    /// Why and since when the server ends the command. `exit` tells the word; where it is empty, how the leader ended.
-    ending: Option<(&'static str, Instant)>,
-    /// When the leader was seen to have exited.
-    exited: Option<Instant>,
-    /// When the group was killed, and how much output there may be altogether: who still holds the pipes a tick later is outside the
-    /// group.
-    killed: Option<(Instant, u64)>,
+    /// Comments sent to a client that has half-closed.
+    probes: u32,
 }
 
 impl Run<'_> {
-    /// Waits for what comes next, up to a tick, and does it.
-    fn turn(&mut self) {
-        let when = |is_so: bool, events: c_short| if is_so { events } else { 0 };
-        let is_clear = self.stream.batch.is_empty();
-        let (killed, most) = self.killed.unwrap_or((Instant::now(), u64::MAX));
-        let is_draining = is_clear && killed.elapsed() >= TICK;
-        let is_enough = self.stream.bytes.iter().sum::<u64>() > most;
-        // A piece of content that is in the buffer is to be written, or to be passed over, else one is to be read.
-        let is_feeding = self.content.goes_on();
-        let has_piece = is_feeding && !self.content.input.buffer().is_empty();
-        let is_due = is_draining || (has_piece && self.child.stdin.is_none());
-        let mut wait = if is_due { Duration::ZERO } else { TICK };
-        if !self.is_open() {
-            // A leader exits right after its pipes have ended or, having closed them, at any time. `poll` waits no less than 1 ms.
-            wait = self.heard.elapsed().clamp(Duration::from_micros(20), TICK);
-            if wait < Duration::from_millis(1) {
-                thread::sleep(wait);
+    /// Whether the command has ended, with all that counts as its own, and all its output was taken.
+    fn is_over(&self) -> bool {
+        let has_ended = match self.phase {
+            Phase::Running => false,
+            Phase::Leftovers(_) => true,
+            Phase::Asked(_) => false,
+            Phase::Killed(_) => self.child.has_exited(),
+            Phase::GivenUp => true,
+        };
+        has_ended && self.open_outputs == 0
+    }
+
+    /// Waits for messages, a tick at the most, and encodes what they bring, up to a batch.
+    fn receive(&mut self, messages: &Receiver<Message>) {
+        // A client that does not take what there is keeps more from being read.
+        if !self.batch.is_empty() {
+            return;
+        }
+        let mut message = messages.recv_timeout(self.wait()).ok();
+        let mut length = 0;
+        while let Some(next) = message {
+            match next {
+                Message::Output(source, bytes) => {
+                    length += bytes.len();
+                    self.pass_on(source, &bytes);
+                }
+                Message::Ended => {
+                    self.open_outputs -= 1;
+                    self.outputs_ended = Instant::now();
+                }
+                Message::BrokeOff(stdin) => {
+                    self.stdin = stdin;
+                    self.end(Why::ContentBrokeOff);
+                }
             }
-        }
-        let fd = |pipe: &Option<File>| pipe.as_ref().map_or(-1, File::as_raw_fd);
-        let reading = when(is_feeding && !has_piece, POLLIN);
-        let socket = self.content.client().socket.as_raw_fd();
-        let asked = [
-            (fd(&self.child.outputs[0]), when(is_clear, POLLIN)),
-            (fd(&self.child.outputs[1]), when(is_clear, POLLIN)),
-            (fd(&self.child.stdin), when(has_piece, POLLOUT)),
-            (socket, reading | when(!is_clear, POLLOUT)),
-        ];
-        let [stdout, stderr, stdin, _] = sys::poll_all(asked, wait);
-        for (source, state) in [stdout, stderr].into_iter().enumerate() {
-            if state != 0 && !is_enough {
-                self.read(source);
-            } else if is_draining {
-                self.child.outputs[source] = None;
-            }
-        }
-        if self.content.left != ENDLESS {
-            self.feed(stdin != 0);
-        }
-        self.send();
-        if self.looked.elapsed() >= TICK {
-            self.look();
+            message = if length < BATCH { messages.try_recv().ok() } else { None };
         }
     }
 
-    fn is_open(&self) -> bool {
-        self.child.outputs.iter().any(Option::is_some)
+    /// How long to wait for a message. Where none is to come, it is the leader's exit that is waited for, at
+    /// first only for moments.
+    fn wait(&self) -> Duration {
+        if self.open_outputs > 0 {
+            return TICK;
+        }
+        self.outputs_ended.elapsed().clamp(FIRST_WAIT, TICK)
     }
 
-    fn has_exited(&mut self) -> bool {
-        if self.exited.is_none() && sys::exited_noreap(self.child.pid) {
-            self.exited = Some(Instant::now());
-        }
-        self.exited.is_some()
-    }
-
-    /// Encodes what there is to read from a source, or notes its end.
-    fn read(&mut self, source: usize) {
-        if self.buffer.is_empty() {
-            self.buffer.resize(FIRST_BUFFER, 0);
-        }
-        let output = self.child.outputs[source].as_mut();
-        let length = output.map_or(0, |it| it.read(&mut self.buffer).unwrap_or(0));
+    fn pass_on(&mut self, source: Source, bytes: &[u8]) {
         self.heard = Instant::now();
-        if length == 0 {
-            self.child.outputs[source] = None;
-            return;
+        if self.commands.limits.verbose {
+            let (peer, pid, name) = (self.client.peer, self.child.pid, source.name());
+            log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(bytes)));
         }
-        self.written = self.heard;
-        let piece = &self.buffer[..length];
-        if self.limits.verbose {
-            self.log(SOURCES[source], format_args!("out={}", quoted(piece)));
-        }
-        self.stream.piece(source, piece);
-        if length == self.buffer.len() {
-            self.buffer.resize((length * 4).min(LARGEST_BUFFER), 0);
-        }
+        self.stream.output(source, bytes);
     }
 
-    /// Writes content to the command as it comes. What a command that has closed its input does not want is read all the same, since the
-    /// next request comes after it. Content that has no proper end keeps the pipe open: a command is not to take the part for the whole.
-    fn feed(&mut self, has_room: bool) {
-        match self.content.piece() {
-            Err(Answer::Late) => {}
-            Err(_) => self.content.left = ENDLESS,
-            Ok(piece) => {
-                let written = match &mut self.child.stdin {
-                    None => Ok(piece.len()),
-                    Some(_) if !has_room => Ok(0),
-                    // There is room for a piece, which then is written whole.
-                    Some(pipe) => pipe.write(piece),
-                };
-                match written {
-                    Ok(length) => self.content.consume(length),
-                    Err(_) => self.child.stdin = None,
-                }
-            }
-        }
-        if self.content.is_at_end() {
-            self.child.stdin = None;
-        }
-    }
-
-    /// The outcome, last of all.
-    fn finish(mut self) -> Result {
-        let status = self.child.reap();
-        let (how, number) = match status.code() {
-            Some(code) => ("exited", format!("code={code}")),
-            None => ("killed", format!("signal={}", status.signal().unwrap_or(0))),
-        };
-        let ending = self.ending.map(|it| it.0).filter(|it| !it.is_empty());
-        let how = ending.unwrap_or(how);
-        let ms = self.started.elapsed().as_millis();
-        self.stream.exit(how, status, ms);
-        self.send();
-        while !self.stream.batch.is_empty() {
-            self.turn();
-        }
-        let (how, [stdout, stderr]) = (self.lost.unwrap_or(how), self.stream.bytes);
-        let bytes = format!("stdout_bytes={stdout} stderr_bytes={stderr}");
-        self.log("exit", format_args!("out={how} {number} ms={ms} {bytes}"));
-        self.lost.map_or(Ok(()), |_| Err(Answer::Gone))
-    }
-
-    /// Looks at all that can end a command but its output.
-    fn look(&mut self) {
-        let now = Instant::now();
-        let (limits, signals) = (self.limits, sys::signals());
-        self.looked = now;
-        if self.lost.is_none() {
-            let events = sys::POLLRDHUP | POLLIN;
-            let state = sys::ready(&self.content.client().socket, events, Duration::ZERO);
-            let half_closed = state & sys::POLLRDHUP != 0;
-            // A connection's end looks like a half-close, or hides behind content that is not read. A comment brings it out: it is
-            // answered with a reset, which the next look sees.
-            let unsure = half_closed || (state != 0 && self.content.goes_on());
-            let longest = if unsure { PROBE } else { limits.heartbeat };
-            let silence = now - self.written;
-            let is_ending = signals > 1 || (signals > 0 && self.killed.is_some());
-            if state & sys::POLLGONE != 0 || (half_closed && !self.stream.events) {
-                self.lose("gone");
-            } else if !self.stream.batch.is_empty() {
-                // It is the client that pauses, not the output.
-                self.heard = now;
-                if is_ending || silence >= limits.stall {
-                    self.lose("stalled");
-                }
-            } else if silence >= longest {
-                self.stream.comment();
-                self.written = now;
-            }
-        }
-        if self.child.is_reaped {
-            return;
-        }
-        let is_running = !self.has_exited();
-        if signals > 0 {
-            self.end("shutdown", "the server is shutting down");
-        } else if is_running && self.content.left == ENDLESS {
-            self.end("", "the request's content is malformed or breaks off");
-        } else if is_running && !limits.timeout.is_zero() && now - self.started >= limits.timeout {
-            self.end("timeout", "the command ran past --timeout");
-        }
-        let is_late = |since: Instant| now - since >= limits.grace;
-        let is_over = match (self.ending, self.exited) {
-            (Some((_, asked)), _) => is_late(asked),
-            (None, Some(exited)) => is_late(exited) || now - exited.max(self.heard) >= QUIET,
-            (None, None) => false,
-        };
-        if self.killed.is_none() && (is_over || signals > 1) {
-            self.child.signal(sys::SIGKILL);
-            let most = self.stream.bytes.iter().sum::<u64>() + MOST_IN_PIPES;
-            self.killed = Some((now, most));
-        }
-    }
-
-    /// Asks the group to end, and tells the client why. The first reason counts.
-    fn end(&mut self, ending: &'static str, why: &str) {
-        if self.ending.is_none() {
-            self.ending = Some((ending, Instant::now()));
-            self.child.signal(sys::SIGTERM);
-            // One that is stopped would not notice.
-            self.child.signal(sys::SIGCONT);
-            self.stream.error(why);
-        }
-    }
-
-    fn lose(&mut self, how: &'static str) {
-        self.lost = Some(how);
-        self.end("", "");
-    }
-
-    /// Writes what the stream holds, as far as the client takes it. For one that is lost it is discarded, so that the command can end.
+    /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
+    /// away, so that the command can end.
     fn send(&mut self) {
-        while self.lost.is_none() && !self.stream.ready().is_empty() {
-            let mut socket = &*self.content.client().socket;
-            match socket.write(self.stream.ready()) {
+        self.stream.take_content(&mut self.batch);
+        if self.loss.is_none() && !self.batch.is_empty() {
+            let mut socket = self.client.socket;
+            match socket.write(&self.batch[self.sent..]) {
                 Ok(length) => {
-                    self.stream.sent(length);
+                    self.sent += length;
                     self.written = Instant::now();
                 }
-                Err(error) if is_passing(&error) => return,
-                // TCP_USER_TIMEOUT counts from what was last acknowledged, and may be the first to notice.
-                Err(error) if error.kind() == ErrorKind::TimedOut => self.lose("stalled"),
-                Err(_) => self.lose("gone"),
+                Err(error) if is_passing(&error) => {}
+                // TCP_USER_TIMEOUT may be the first to notice a stall.
+                Err(error) if error.kind() == ErrorKind::TimedOut => self.lose(Loss::Stalled),
+                Err(_) => self.lose(Loss::Gone),
             }
         }
-        let unsent = self.stream.ready().len();
-        self.stream.sent(unsent);
+        if self.loss.is_some() || self.sent == self.batch.len() {
+            self.batch.clear();
+            self.sent = 0;
+        }
     }
 
-    fn log(&self, happening: &str, values: std::fmt::Arguments) {
-        let (peer, pid) = (&self.content.client().peer, self.child.pid);
-        log::line(format_args!("{happening} peer={peer} pid={pid} {values}"));
+    /// Once a tick, looks at all that ends a command; more often only whether the leader has exited, where
+    /// that is all that is waited for.
+    fn look(&mut self, is_over: &AtomicBool) {
+        let is_due = self.looked.elapsed() >= TICK;
+        if is_due {
+            self.looked = Instant::now();
+            self.look_at_client();
+            self.look_at_server();
+        }
+        if is_due || self.open_outputs == 0 {
+            self.look_at_command();
+        }
+        if matches!(self.phase, Phase::Killed(_) | Phase::GivenUp) {
+            is_over.store(true, SeqCst);
+        }
     }
+
+    fn look_at_client(&mut self) {
+        if self.loss.is_some() {
+            return;
+        }
+        let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
+        let is_half_closed = state & POLLRDHUP != 0;
+        let has_left = is_half_closed && !self.is_events;
+        if state & (POLLERR | POLLHUP) != 0 || has_left {
+            return self.lose(Loss::Gone);
+        }
+        let silence = self.written.elapsed();
+        if !self.batch.is_empty() {
+            // It is the client that pauses, not the output.
+            self.heard = Instant::now();
+            if silence >= self.longest_stall() {
+                self.lose(Loss::Stalled);
+            }
+            return;
+        }
+        // A connection's end looks like a half-close, or hides behind input that nobody reads. What is
+        // written to it is answered with a reset, which the next look sees.
+        if is_half_closed && self.probes < PROBES {
+            self.probes += 1;
+            self.stream.comment();
+        } else if silence >= self.commands.limits.heartbeat {
+            self.written = Instant::now();
+            self.stream.comment();
+            let has_unread_input = state & POLLIN != 0;
+            if !self.is_events && has_unread_input {
+                self.stream.zero(&mut self.batch);
+            }
+        }
+    }
+
+    fn look_at_server(&mut self) {
+        if self.commands.is_ending(End::Asked) {
+            self.end(Why::Shutdown);
+        }
+        if self.commands.is_ending(End::AtOnce) && matches!(self.phase, Phase::Asked(_)) {
+            self.kill();
+        }
+    }
+
+    fn look_at_command(&mut self) {
+        let limits = &self.commands.limits;
+        match self.phase {
+            Phase::Running => {
+                let age = self.started.elapsed();
+                if self.child.has_exited() {
+                    self.phase = Phase::Leftovers(Instant::now());
+                } else if !limits.timeout.is_zero() && age >= limits.timeout {
+                    self.end(Why::Timeout);
+                }
+            }
+            Phase::Leftovers(since) => {
+                let is_quiet = since.max(self.heard).elapsed() >= QUIET;
+                if is_quiet || since.elapsed() >= limits.grace {
+                    self.child.kill_group();
+                    self.phase = Phase::Killed(Instant::now());
+                }
+            }
+            Phase::Asked(since) => {
+                if since.elapsed() >= limits.grace {
+                    self.kill();
+                } else if self.child.has_exited() && self.child.is_alone() {
+                    // Nobody is left to be killed, though somebody who left the session may hold a pipe.
+                    self.phase = Phase::Killed(Instant::now());
+                }
+            }
+            Phase::Killed(since) => {
+                if since.elapsed() >= KILL_TIME && !self.child.has_exited() {
+                    self.stream.error("the command cannot be killed by this server, and goes on");
+                    self.phase = Phase::GivenUp;
+                }
+            }
+            Phase::GivenUp => {}
+        }
+    }
+
+    /// Asks the command to end, and tells the client why. The first reason counts.
+    fn end(&mut self, why: Why) {
+        if matches!(self.phase, Phase::Asked(_) | Phase::Killed(_) | Phase::GivenUp) {
+            return;
+        }
+        self.phase = Phase::Asked(Instant::now());
+        self.why = Some(why);
+        self.child.terminate();
+        match why {
+            Why::ClientLost => {}
+            Why::ContentBrokeOff => self.stream.error("the request's content broke off"),
+            Why::Timeout => self.stream.error("the command ran past --timeout"),
+            Why::Shutdown => self.stream.error("the server is shutting down"),
+        }
+    }
+
+    fn kill(&mut self) {
+        self.child.kill();
+        self.phase = Phase::Killed(Instant::now());
+    }
+
+    fn lose(&mut self, loss: Loss) {
+        self.loss = Some(loss);
+        self.end(Why::ClientLost);
+    }
+
+    /// How long the client may take nothing.
+    fn longest_stall(&self) -> Duration {
+        let is_waited_for = matches!(self.phase, Phase::Running | Phase::Asked(_));
+        if self.commands.is_ending(End::Asked) && !is_waited_for {
+            return LAST_STALL;
+        }
+        self.commands.limits.stall
+    }
+
+    /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
+    /// the client got it.
+    fn finish(mut self, place: Place) -> bool {
+        let mut outcome = self.outcome();
+        drop(place);
+        self.stream.exit(&mut outcome);
+        self.stream.take_content(&mut self.batch);
+        self.stream.take_last_chunk(&outcome, &mut self.batch);
+        while !self.batch.is_empty() {
+            self.send();
+            if self.looked.elapsed() >= TICK {
+                self.looked = Instant::now();
+                self.look_at_client();
+            }
+        }
+        match self.loss {
+            Some(Loss::Gone) if outcome.out != LEFT => outcome.out = "gone",
+            Some(Loss::Stalled) if outcome.out != LEFT => outcome.out = "stalled",
+            _ => {}
+        }
+        log_exit(self.client.peer, self.child.pid, &outcome, "");
+        if self.phase == Phase::GivenUp {
+            self.child.abandon();
+        }
+        self.loss.is_none()
+    }
+
+    fn outcome(&mut self) -> Outcome {
+        let ms = self.started.elapsed().as_millis();
+        let mut outcome = Outcome::without_status(LEFT);
+        if self.phase != Phase::GivenUp {
+            match self.child.reap() {
+                Ok(status) => outcome = Outcome::of(status),
+                Err(_) => self.stream.error("nobody knows how the command ended"),
+            }
+        }
+        match self.why {
+            Some(Why::Timeout) if outcome.out != LEFT => outcome.out = "timeout",
+            Some(Why::Shutdown) if outcome.out != LEFT => outcome.out = "shutdown",
+            _ => {}
+        }
+        outcome.ms = ms;
+        outcome
+    }
+}
+
+/// The log line of a run's end. `why` says why a command was not started.
+pub fn log_exit(peer: SocketAddr, pid: u32, outcome: &Outcome, why: &str) {
+    let why =
+        if why.is_empty() { String::new() } else { format!(" why={}", quoted(why.as_bytes())) };
+    log::line(format_args!("exit peer={peer} pid={pid} {outcome}{why}"));
 }

@@ -1,272 +1,135 @@
-//! The accept loop, the connection cap, the shutdown, and the path of one connection.
+//! The accept loop, the bound on connections, and the server's end.
 
-use crate::child::Child;
-use crate::listener::{Connection, Listener, is_passing};
-use crate::log::{self, quoted};
-use crate::request::{Answer, Content, Head, Result, ensure, form_value};
-use crate::response::{self, CONTINUE, PAGE_METHODS, RUN_METHODS};
-use crate::sys::{self, POLLIN, POLLOUT};
-use crate::{config::Config, policy::Order, run};
-use std::io::{self, prelude::*};
-use std::os::unix::net::UnixDatagram;
+use crate::policy::Rules;
+use crate::run::{Commands, End, Limits};
+use crate::sys::{self, POLLIN};
+use crate::{connection, log, pipes::TICK};
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
 use std::time::{Duration, Instant};
-use std::{fs::File, hint::black_box, mem::take, net::Shutdown, process::Stdio, sync::Arc, thread};
+use std::{io, thread};
 
-/// Of every thread. Buffers are on the heap; a 32-bit host has no 2 MiB for each of hundreds.
+/// Connections that run no command. Beyond them clients wait to be accepted: nobody who sends nothing does
+/// so for longer than five seconds.
+const MOST_WAITING: usize = 512;
+/// Of a connection's thread. Buffers are on the heap, and a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
-/// In which a head must have arrived whole, and a form; however it trickles.
-const REQUEST_TIME: Duration = Duration::from_secs(10);
-/// How long a connection waits for its next request.
-const IDLE_TIME: Duration = Duration::from_secs(30);
-/// Content that nobody asked for is read up to here, so that the connection can go on.
-const MOST_SKIPPED: u64 = 1 << 20;
-const LARGEST_FORM: u64 = 64 << 10;
-/// How long a client that was told that the connection ends may pause in sending; fifteen times that it may go on.
-const LINGER_PAUSE: Duration = Duration::from_secs(2);
-/// How long the server waits for a client before it looks for a signal that came just before it waited.
-const ACCEPT_WAIT: Duration = Duration::from_millis(250);
-/// `accept` fails at once as long as descriptors are out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Clients beyond the cap that are being told so.
-const MOST_REFUSED: usize = 256;
-/// Memory that has to be there for one connection more: std ends the program where an allocation fails.
-const MEMORY_RESERVE: usize = 8 << 20;
-const FEW: usize = 16;
-/// What the server's end may take beyond `--grace`, and after a second signal.
-const AFTER_GRACE: Duration = Duration::from_millis(900);
-const AFTER_SECOND_SIGNAL: Duration = Duration::from_millis(400);
+/// For what is out, descriptors or threads, to be had again; `accept` fails at once as long as it is not.
+const PAUSE: Duration = Duration::from_millis(50);
+/// What the end may take beyond `--grace`: for a command that cannot be killed to be given up, and its client
+/// to be told.
+const AFTER_GRACE: Duration = Duration::from_millis(2_800);
+/// What the end may take once nobody waits any longer.
+const AT_ONCE: Duration = Duration::from_millis(400);
+/// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
+const SAME_SIGNAL: Duration = Duration::from_millis(200);
+/// Between two looks at what has ended.
+const END_TICK: Duration = Duration::from_millis(5);
 
-const BUSY: Answer = Answer::Busy("no place for another connection");
+struct Server {
+    rules: Rules,
+    commands: Commands,
+    /// Connections that are being served.
+    connections: AtomicUsize,
+}
+
+/// One of the connections that are being served, until it is dropped.
+struct Counted(Arc<Server>);
 
 /// Serves until a signal ends the server, and every command has ended.
-pub fn serve(listener: Listener, config: Config) -> io::Result<()> {
-    let shared = (Arc::new(listener), Arc::new(config), Arc::new(()));
-    let (config, served) = (&shared.1, &shared.2);
-    let spare = || UnixDatagram::unbound().ok();
-    // Given up when descriptors are out, so that a client more can be told so.
-    let mut reserve = spare();
-    while sys::signals() == 0 {
-        match shared.0.accept(ACCEPT_WAIT) {
-            Ok(client) => {
-                reserve = reserve.or_else(spare);
-                start_thread(&shared, client);
-            }
-            Err(error) if is_passing(&error) => {}
-            Err(_) if reserve.take().is_some() => {}
-            Err(_) => {
-                thread::sleep(ACCEPT_PAUSE);
-                reserve = spare();
-            }
+pub fn serve(listener: TcpListener, rules: Rules, limits: Limits) -> io::Result<()> {
+    // std's `accept` would go on after a signal, so it is not what waits.
+    listener.set_nonblocking(true)?;
+    let server = Arc::new(Server {
+        rules,
+        commands: Commands::new(limits),
+        connections: AtomicUsize::new(0),
+    });
+    while sys::terminations() + sys::hangups() == 0 {
+        if server.is_full() {
+            thread::sleep(PAUSE);
+            continue;
+        }
+        if sys::poll_one(&listener, POLLIN, TICK) == 0 {
+            continue;
+        }
+        match listener.accept() {
+            Ok((socket, peer)) => start_thread(&server, socket, peer),
+            Err(error) if is_the_client_s(error.kind()) => {}
+            Err(_) => thread::sleep(PAUSE),
         }
     }
-    drop(shared.0);
+    drop(listener);
     log::line(format_args!("shutdown"));
-    // The served end by themselves once a signal has come, after their commands.
-    let mut deadline = Instant::now() + config.limits.grace + AFTER_GRACE;
-    while Arc::strong_count(served) > 1 && Instant::now() < deadline {
-        if sys::signals() > 1 {
-            deadline = deadline.min(Instant::now() + AFTER_SECOND_SIGNAL);
-        }
-        thread::sleep(Duration::from_millis(2));
-    }
+    server.end();
     Ok(())
 }
 
-/// Has a client in a thread of its own, or, where there are far too many, a word with it at once. The thread goes on with the client that
-/// waits next: at 32 clients a sixth less of processor time for each run than a new thread for each. The last of what is shared is held
-/// by every thread that serves, and not only tells that there is no place.
-fn start_thread(shared: &(Arc<Listener>, Arc<Config>, Arc<()>), client: Connection) {
-    let (listener, config, served) = shared;
-    let is_served = Arc::strong_count(served) <= config.max_connections;
-    let threads = Arc::weak_count(listener);
-    let is_told = is_served || threads <= config.max_connections + MOST_REFUSED;
-    let place = is_served.then(|| served.clone());
-    let (listener, own) = (Arc::downgrade(listener), config.clone());
-    let mut next = Some(client.clone());
-    let converse = move || {
-        while let Some(client) = next.take() {
-            Conversation::new(own.clone(), client, place.is_some()).hold();
-            let listener = listener.upgrade().filter(|_| place.is_some());
-            next = listener.and_then(|it| it.accept(Duration::ZERO).ok());
+/// Whether `accept` failed for reasons that lie with one client, or with a signal.
+fn is_the_client_s(kind: ErrorKind) -> bool {
+    use ErrorKind::*;
+    matches!(kind, WouldBlock | Interrupted | ConnectionAborted | ConnectionReset)
+}
+
+/// Serves a client in a thread of its own. Where none is to be had, the client waits for one, and with it all
+/// who come later: whatever ends gives one back.
+fn start_thread(server: &Arc<Server>, socket: TcpStream, peer: SocketAddr) {
+    // Shared with the thread, so that it is still there where the thread could not be started.
+    let socket = Arc::new(socket);
+    while sys::terminations() + sys::hangups() == 0 {
+        let counted = Counted::new(server);
+        let own = socket.clone();
+        let serve = move || {
+            let server = &counted.0;
+            connection::serve(&own, peer, &server.rules, &server.commands);
+        };
+        // `thread::spawn` would panic.
+        if thread::Builder::new().stack_size(STACK).spawn(serve).is_ok() {
+            return;
         }
-    };
-    let mut reserve = black_box(Vec::<u8>::new());
-    // It costs a twentieth of a short run, so the first few do without.
-    let has_room = threads <= FEW || reserve.try_reserve(MEMORY_RESERVE).is_ok();
-    let builder = thread::Builder::new().stack_size(STACK);
-    if !is_told || !has_room || builder.spawn(converse).is_err() {
-        // nginx takes an answer that precedes its request for the beginning of the next instance's, and says 502.
-        sys::ready(&client.socket, POLLIN, ACCEPT_PAUSE);
-        let mut refused = Conversation::new(config.clone(), client, false);
-        refused.head.close = true;
-        refused.reply(&BUSY);
-        refused.linger(ACCEPT_PAUSE);
+        thread::sleep(PAUSE);
     }
 }
 
-/// A connection's requests and their answers, one after the other.
-struct Conversation {
-    config: Arc<Config>,
-    /// Or only told that there is no place.
-    is_served: bool,
-    head: Head,
-    content: Content<Connection>,
+impl Server {
+    fn is_full(&self) -> bool {
+        let connections = self.connections.load(SeqCst);
+        connections.saturating_sub(self.commands.running()) >= MOST_WAITING
+    }
+
+    /// Ends all commands, and waits for all connections: they end by themselves, after their commands.
+    fn end(&self) {
+        self.commands.end(End::Asked);
+        let mut deadline = Instant::now() + self.commands.limits.grace + AFTER_GRACE;
+        // SIGTERM and SIGINT that count as the first one, and when that came.
+        let mut first = 0;
+        let mut first_seen = None;
+        while self.connections.load(SeqCst) > 0 && Instant::now() < deadline {
+            let terminations = sys::terminations();
+            if terminations > 0 {
+                let seen = *first_seen.get_or_insert_with(Instant::now);
+                if seen.elapsed() < SAME_SIGNAL {
+                    first = terminations;
+                } else if terminations > first && !self.commands.is_ending(End::AtOnce) {
+                    self.commands.end(End::AtOnce);
+                    deadline = deadline.min(Instant::now() + AT_ONCE);
+                }
+            }
+            thread::sleep(END_TICK);
+        }
+    }
 }
 
-impl Conversation {
-    fn new(config: Arc<Config>, client: Connection, is_served: bool) -> Conversation {
-        Conversation {
-            config,
-            is_served,
-            head: Head::default(),
-            content: Content::new(client),
-        }
+impl Counted {
+    fn new(server: &Arc<Server>) -> Counted {
+        server.connections.fetch_add(1, SeqCst);
+        Counted(server.clone())
     }
+}
 
-    fn hold(&mut self) {
-        let mut is_open = true;
-        while is_open {
-            self.allow(REQUEST_TIME);
-            is_open = self.exchange();
-            self.allow(IDLE_TIME);
-            is_open = is_open && self.content.input.fill_buf().is_ok_and(|it| !it.is_empty());
-        }
-    }
-
-    /// Lets the client send for `time` from now, altogether.
-    fn allow(&mut self, time: Duration) {
-        self.content.input.get_mut().deadline = Instant::now() + time;
-    }
-
-    /// A request and its answer. Returns whether another request may follow.
-    fn exchange(&mut self) -> bool {
-        self.head = Head::default();
-        let read = self.content.read_head(&mut self.head);
-        self.head.origin = self.config.policy.foreign_origin(&self.head).ok().flatten();
-        let mut order = read.and_then(|()| self.check());
-        // Refusals come first.
-        let is_granted = |answer: &Answer| response::explain(answer).0.starts_with('2');
-        if !self.is_served && order.as_ref().map_or_else(is_granted, |_| true) {
-            order = Err(BUSY);
-        }
-        if let Err(answer) = order.and_then(|order| self.run(&order)) {
-            // Whether a client that was not told to go on sends its content all the same cannot be known.
-            let is_unclear = self.content.awaits_continue || self.content.left > MOST_SKIPPED;
-            self.head.close |= is_unclear || !self.is_served;
-            self.head.close |= response::ends_connection(&answer);
-            if answer == Answer::Gone || !self.reply(&answer) {
-                return false;
-            }
-        }
-        // The next request comes after what is left of this one's content.
-        self.allow(REQUEST_TIME);
-        let is_last = self.head.close || sys::signals() > 0;
-        let goes_on = !is_last && self.content.read(MOST_SKIPPED, |_| ()).is_ok();
-        if !goes_on {
-            self.linger(LINGER_PAUSE);
-        }
-        goes_on
-    }
-
-    /// Checks a request, in the order in which answers take precedence.
-    fn check(&mut self) -> Result<Order> {
-        let (config, head) = (self.config.clone(), &self.head);
-        let (policy, path, method) = (&config.policy, head.path.as_str(), head.method.as_str());
-        policy.host(head, self.content.client().local())?;
-        if path != "/" || !matches!(method, "GET" | "HEAD") {
-            policy.browser(head)?;
-        }
-        let methods = match path {
-            "/" => PAGE_METHODS,
-            "/run" | "*" => RUN_METHODS,
-            _ => return Err(Answer::NoSuchPath),
-        };
-        match (path, method) {
-            (_, "OPTIONS") => return Err(Answer::Options(methods)),
-            ("/", "GET" | "HEAD") => return Err(Answer::Page),
-            ("/run", "GET" | "HEAD" | "POST") => {}
-            (_, "GET" | "HEAD" | "POST") => return Err(Answer::Method(methods)),
-            _ => return Err(Answer::UnknownMethod),
-        }
-        policy.token(head)?;
-        ensure(head.all("last-event-id").is_empty(), Answer::Repeated)?;
-        let query = head.query.as_bytes();
-        if method == "POST" && form_value(query, b"command")?.is_none() {
-            if self.content.left <= LARGEST_FORM && take(&mut self.content.awaits_continue) {
-                self.write(CONTINUE);
-            }
-            self.allow(REQUEST_TIME);
-            let mut form = Vec::new();
-            let read = |piece: &[u8]| form.extend_from_slice(piece);
-            self.content.read(LARGEST_FORM, read)?;
-            return policy.command(&form);
-        }
-        let order = policy.command(query)?;
-        ensure(method != "HEAD", Answer::Head)?;
-        Ok(order)
-    }
-
-    /// Runs a command and streams it. The content of a POST is its standard input.
-    fn run(&mut self, order: &Order) -> Result {
-        let head = &self.head;
-        let mut stream = response::begin_stream(head);
-        if take(&mut self.content.awaits_continue) {
-            stream.batch.splice(..0, CONTINUE.iter().copied());
-        }
-        let is_fed = head.method == "POST" && !self.content.is_at_end();
-        // An empty root has no such file; a pipe that nobody writes to reads the same.
-        let null = File::open("/dev/null").ok().filter(|_| !is_fed);
-        let stdin = null.map_or_else(Stdio::piped, Stdio::from);
-        let child = Child::start(&order.words, stdin)?;
-        let (pid, line) = (child.pid, quoted(&order.line));
-        let peer = &self.content.client().peer;
-        log::line(format_args!("run peer={peer} pid={pid} command={line}"));
-        run::run(child, &mut self.content, &self.config.limits, stream)
-    }
-
-    /// Answers with anything but a command's output. Returns whether all of it was written.
-    fn reply(&self, answer: &Answer) -> bool {
-        let target = quoted(self.head.target.as_bytes());
-        let peer = &self.content.client().peer;
-        let (status, why) = response::explain(answer);
-        let told = match answer {
-            // A stream of its own, with this one event.
-            Answer::NotStarted(code, _) if self.head.wants_events() => {
-                let outcome = format!("out=failed code={code} ms=0 stdout_bytes=0 stderr_bytes=0");
-                format!("exit peer={peer} pid=0 {outcome}")
-            }
-            _ => format!("refuse peer={peer} status={} target={target}", &status[..3]),
-        };
-        if !why.is_empty() {
-            log::line(format_args!("{told} why={}", quoted(why.as_bytes())));
-        }
-        self.write(&response::render(&self.head, answer))
-    }
-
-    /// Writes an answer whole, unless the client is gone or does not read.
-    fn write(&self, mut bytes: &[u8]) -> bool {
-        let deadline = Instant::now() + self.config.limits.stall;
-        let client = self.content.client();
-        while !bytes.is_empty() {
-            match (&*client.socket).write(bytes) {
-                Ok(length) => bytes = &bytes[length..],
-                Err(error) if is_passing(&error) && client.wait(POLLOUT, deadline) => {}
-                Err(_) => return false,
-            }
-        }
-        true
-    }
-
-    /// Says that nothing more comes, and reads what still does, until the client pauses: closing a socket with unread input would send
-    /// a reset, which can eat the answer on its way (RFC 9112 section 9.6).
-    fn linger(&mut self, pause: Duration) {
-        let _ = self.content.client().socket.shutdown(Shutdown::Write);
-        let end = Instant::now() + pause * 15;
-        let mut goes_on = || {
-            self.allow(pause);
-            let read = self.content.input.get_mut().read(&mut [0; 4096]);
-            read.is_ok_and(|length| length > 0)
-        };
-        while goes_on() && Instant::now() < end {}
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, SeqCst);
     }
 }

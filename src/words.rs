@@ -1,23 +1,42 @@
-//! A command line, split into words as a POSIX shell splits it (XCU 2.2, Quoting), with nothing expanded: no variables, no globs, no
-//! operators. Words are bytes, since file names are.
+//! A command line, split into words as a POSIX shell splits it (XCU 2.2, Quoting), with nothing expanded: no
+//! variables, no patterns, no operators. Words are bytes, since file names are.
 
-/// The words of `line`: blanks and line ends separate, quotes and backslashes keep together.
-/// An open quote or a NUL, which no argument can hold, is refused with what is wrong.
-pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
-    let (mut words, mut word, mut quote) = (Vec::new(), None, None);
+use crate::refusal::Refusal::{self, Command};
+
+/// Where in a command line a byte stands.
+#[derive(Clone, Copy, PartialEq)]
+enum Quote {
+    None,
+    Single,
+    Double,
+}
+
+/// The words of `line`: blanks and line ends separate, quotes and backslashes keep together. An unclosed
+/// quote, or a NUL, which no argument can hold, is refused.
+pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
+    let mut words = Vec::new();
+    // The word that is being read, once it has begun: a pair of quotes begins one that may stay empty.
+    let mut word: Option<Vec<u8>> = None;
+    let mut quote = Quote::None;
     let mut bytes = line.iter().copied().peekable();
     while let Some(byte) = bytes.next() {
-        if quote.is_none() && matches!(byte, b' ' | b'\t' | b'\n') {
+        // A backslash before a line's end takes both away.
+        if byte == b'\\' && quote != Quote::Single && bytes.next_if_eq(&b'\n').is_some() {
+            continue;
+        }
+        if quote == Quote::None && matches!(byte, b' ' | b'\t' | b'\n') {
             words.extend(word.take());
             continue;
         }
-        let word: &mut Vec<u8> = word.get_or_insert_default();
+        let word = word.get_or_insert_default();
         match (quote, byte) {
-            (None, b'\'' | b'"') => quote = Some(byte),
-            (Some(open), _) if open == byte => quote = None,
+            (_, 0) => return Err(Command("command has a NUL", "no argument can hold one")),
+            (Quote::None, b'\'') => quote = Quote::Single,
+            (Quote::None, b'"') => quote = Quote::Double,
+            (Quote::Single, b'\'') | (Quote::Double, b'"') => quote = Quote::None,
             // A backslash with nothing after it stands for itself, as in a shell.
-            (None, b'\\') => word.push(bytes.next().unwrap_or(byte)),
-            (Some(b'"'), b'\\') => {
+            (Quote::None, b'\\') => word.push(bytes.next().unwrap_or(byte)),
+            (Quote::Double, b'\\') => {
                 let special = bytes.next_if(|next| b"\"\\$`".contains(next));
                 word.push(special.unwrap_or(byte));
             }
@@ -26,10 +45,9 @@ pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, &'static str> {
     }
     words.extend(word);
     match quote {
-        _ if line.contains(&0) => Err("command has a NUL"),
-        Some(b'"') => Err("command has an unclosed double quote"),
-        Some(_) => Err("command has an unclosed single quote"),
-        None => Ok(words),
+        Quote::None => Ok(words),
+        Quote::Single => Err(Command("command has an unclosed single quote", "close it with '")),
+        Quote::Double => Err(Command("command has an unclosed double quote", "close it with \"")),
     }
 }
 
@@ -62,10 +80,7 @@ mod tests {
             (r"\", &[r"\"]),
             ("a\\\nb", &["a\nb"]),
             ("'it'\\''s'", &["it's"]),
-            (
-                "$HOME *.rs ~ a;b|c&d>e #f",
-                &["$HOME", "*.rs", "~", "a;b|c&d>e", "#f"],
-            ),
+            ("$HOME *.rs ~ a;b|c&d>e #f", &["$HOME", "*.rs", "~", "a;b|c&d>e", "#f"]),
             ("a\rb\u{b}c", &["a\rb\u{b}c"]),
             ("größe 'ü x'", &["größe", "ü x"]),
         ];
@@ -77,9 +92,8 @@ mod tests {
 
     #[test]
     fn refuses_open_quotes_and_nul() {
-        for line in [
-            "'", "\"", "a 'b", "a \"b", "\"\\\"", "\"\\", "'a\\'b'", "'''", "\0", "a '\0'",
-        ] {
+        for line in ["'", "\"", "a 'b", "a \"b", "\"\\\"", "\"\\", "'a\\'b'", "'''", "\0", "a '\0'"]
+        {
             assert!(split(line.as_bytes()).is_err(), "{line:?}");
         }
     }
@@ -89,24 +103,18 @@ mod tests {
     fn agrees_with_sh() {
         let alphabet = [" ", "a", "'", "\"", "\\", "$ ", "-"];
         for number in 0..7_usize.pow(5) {
-            let line: String = (0..5)
-                .map(|place| alphabet[number / 7_usize.pow(place) % 7])
-                .collect();
+            let line: String =
+                (0..5).map(|place| alphabet[number / 7_usize.pow(place) % 7]).collect();
             // A shell takes "\<newline>" away and asks for more after a last backslash; each line here ends in neither.
             if number % 97 != 0 || line.ends_with('\\') {
                 continue;
             }
             let script = format!("for word in {line}; do printf '%s\\0' \"$word\"; done");
-            let output = std::process::Command::new("sh")
-                .args(["-c", &script])
-                .output()
-                .unwrap();
+            let output = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
             match split(line.as_bytes()) {
                 Ok(words) => {
-                    let expected: Vec<u8> = words
-                        .iter()
-                        .flat_map(|word| [word, &b"\0"[..]].concat())
-                        .collect();
+                    let expected: Vec<u8> =
+                        words.iter().flat_map(|word| [word, &b"\0"[..]].concat()).collect();
                     assert_eq!(output.stdout, expected, "{line:?}");
                 }
                 Err(_) => assert!(!output.status.success(), "{line:?}"),

@@ -11,9 +11,7 @@ fn events(stream: &[u8]) -> Vec<(String, String)> {
     blocks
         .map(|(index, block)| {
             let lines: Vec<&str> = block.split('\n').collect();
-            let [id, event, data] = lines[..] else {
-                panic!("{block:?}")
-            };
+            let [id, event, data] = lines[..] else { panic!("{block:?}") };
             let (millis, number) = id.strip_prefix("id: ").unwrap().split_once('-').unwrap();
             assert!(millis.parse::<u64>().unwrap() > 1_700_000_000_000);
             assert_eq!(number, (index + 1).to_string());
@@ -27,12 +25,7 @@ fn events(stream: &[u8]) -> Vec<(String, String)> {
 
 /// What a JSON parser makes of the `out` of a piece's data.
 fn unescape(data: &str) -> String {
-    let inside = data
-        .split_once("\"out\":\"")
-        .unwrap()
-        .1
-        .strip_suffix("\"}")
-        .unwrap();
+    let inside = data.split_once("\"out\":\"").unwrap().1.strip_suffix("\"}").unwrap();
     let mut text = String::new();
     let mut characters = inside.chars();
     while let Some(character) = characters.next() {
@@ -88,10 +81,7 @@ fn the_contract_s_example() {
     let expected = [
         ("start", r#"{"type":"start","pid":4711}"#),
         ("stdout", r#"{"type":"stdout","out":"total 12\n"}"#),
-        (
-            "stderr",
-            r#"{"type":"stderr","out":"ls: x: No such file or directory\n"}"#,
-        ),
+        ("stderr", r#"{"type":"stderr","out":"ls: x: No such file or directory\n"}"#),
         ("err", r#"{"type":"error","out":"a \"word\""}"#),
         (
             "exit",
@@ -124,10 +114,7 @@ fn invalid_bytes_become_the_browsers_count_of_replacements() {
             b"\xf4\x91\x92\x93\xff\x41\x80\xbf\x42",
             "\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}A\u{fffd}\u{fffd}B",
         ),
-        (
-            b"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41",
-            "\u{fffd}\u{fffd}\u{fffd}\u{fffd}A",
-        ),
+        (b"\xe1\x80\xe2\xf0\x91\x92\xf1\xbf\x41", "\u{fffd}\u{fffd}\u{fffd}\u{fffd}A"),
         (b"\xe2\x82", "\u{fffd}"),
         (b"\xf0\x9f\x98", "\u{fffd}"),
         (b"\xc3\x0a\xc3\xa9", "\u{fffd}\n\u{e9}"),
@@ -213,11 +200,7 @@ fn validation_agrees_with_std() {
             &[&four[..], b"end"].concat(),
             &[b"0123456789abcdef\xc3\xa9", &four[..]].concat(),
         ] {
-            assert_eq!(
-                is_utf8(text),
-                std::str::from_utf8(text).is_ok(),
-                "{text:x?}"
-            );
+            assert_eq!(is_utf8(text), std::str::from_utf8(text).is_ok(), "{text:x?}");
         }
     }
 }
@@ -226,9 +209,7 @@ fn validation_agrees_with_std() {
 #[test]
 fn the_search_finds_what_a_plain_one_finds() {
     let must_escape = |&byte: &u8| byte < 0x20 || byte == b'"' || byte == b'\\';
-    let neighbours = [
-        0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff,
-    ];
+    let neighbours = [0x1f, 0x20, 0x21, 0x22, 0x23, 0x5b, 0x5c, 0x5d, 0x7f, 0x80, 0xa2, 0xff];
     for length in 0..20 {
         for place in 0..length {
             for (byte, neighbour) in (0..=255).flat_map(|byte| neighbours.map(|each| (byte, each)))

@@ -35,19 +35,11 @@ impl std::io::Read for Trickle<'_> {
 fn a_request_is_taken_apart() {
     let (head, content, rest) = parse(WHOLE).unwrap();
     assert_eq!(
-        (
-            head.method.as_str(),
-            head.path.as_str(),
-            head.query.as_str(),
-            head.minor
-        ),
+        (head.method.as_str(), head.path.as_str(), head.query.as_str(), head.minor),
         ("POST", "/run", "command=x%20y", 1)
     );
     assert_eq!(head.authority.as_deref(), Some("a.b:1"));
-    assert_eq!(
-        (content.as_slice(), rest),
-        (&b"hello world"[..], b"GET / HTTP/1.1\r\n".to_vec())
-    );
+    assert_eq!((content.as_slice(), rest), (&b"hello world"[..], b"GET / HTTP/1.1\r\n".to_vec()));
     assert_eq!(head.all("host"), ["a.b:1"]);
     assert!(head.lists("accept", "text/plain") && !head.lists("accept", "text") && !head.close);
 }
@@ -70,16 +62,10 @@ fn content_is_read_up_to_its_limit() {
     let read = |framing: String| parse(format!("{head}{framing}").as_bytes());
     let by_length = |length| read(format!("Content-Length: {length}\r\n\r\n{most}"));
     assert_eq!(by_length(MOST as usize).unwrap().1, most.as_bytes());
-    assert_eq!(
-        by_length(MOST as usize + 1).err(),
-        Some(Answer::ContentTooLarge)
-    );
+    assert_eq!(by_length(MOST as usize + 1).err(), Some(Answer::ContentTooLarge));
     let size = format!("{MOST:x}");
-    let in_chunks = |rest| {
-        read(format!(
-            "Transfer-Encoding: chunked\r\n\r\n{size}\r\n{most}\r\n{rest}"
-        ))
-    };
+    let in_chunks =
+        |rest| read(format!("Transfer-Encoding: chunked\r\n\r\n{size}\r\n{most}\r\n{rest}"));
     assert_eq!(in_chunks("0\r\n\r\n").unwrap().1, most.as_bytes());
     assert_eq!(in_chunks("1\r\n").err(), Some(Answer::ContentTooLarge));
 }
@@ -89,10 +75,7 @@ fn every_prefix_breaks_off() {
     let whole = WHOLE.len() - b"GET / HTTP/1.1\r\n".len();
     assert_eq!(parse(b"").err(), Some(Answer::Gone));
     for length in 1..whole {
-        assert!(
-            matches!(parse(&WHOLE[..length]), Err(Malformed(_))),
-            "{length}"
-        );
+        assert!(matches!(parse(&WHOLE[..length]), Err(Malformed(_))), "{length}");
     }
 }
 
@@ -136,13 +119,9 @@ fn targets() {
     for (line, expected) in table {
         let mut head = Head::default();
         let parsed = head.parse_line(&format!("{line} HTTP/1.1"));
-        let parts = parsed.ok().map(|()| {
-            (
-                head.path.as_str(),
-                head.query.as_str(),
-                head.authority.as_deref(),
-            )
-        });
+        let parts = parsed
+            .ok()
+            .map(|()| (head.path.as_str(), head.query.as_str(), head.authority.as_deref()));
         assert_eq!(parts, expected, "{line}");
     }
 }
@@ -152,34 +131,19 @@ fn limits_are_exact() {
     let line = |length: usize| format!("GET /{} HTTP/1.1\r\n", "x".repeat(length - 14));
     let request = |line: &str, rest: &str| parse(format!("{line}{rest}\r\n").as_bytes()).map(drop);
     assert_eq!(request(&line(LONGEST_LINE), ""), Ok(()));
-    assert_eq!(
-        request(&line(LONGEST_LINE + 1), ""),
-        Err(Answer::LineTooLong)
-    );
+    assert_eq!(request(&line(LONGEST_LINE + 1), ""), Err(Answer::LineTooLong));
     let head = |length: usize| {
-        format!(
-            "A: {}\r\n",
-            "x".repeat(length - "GET / HTTP/1.1\r\nA: \r\n\r\n".len())
-        )
+        format!("A: {}\r\n", "x".repeat(length - "GET / HTTP/1.1\r\nA: \r\n\r\n".len()))
     };
     assert_eq!(request("GET / HTTP/1.1\r\n", &head(LONGEST_HEAD)), Ok(()));
-    assert_eq!(
-        request("GET / HTTP/1.1\r\n", &head(LONGEST_HEAD + 1)),
-        Err(Answer::HeadTooLarge)
-    );
-    assert_eq!(
-        request("GET / HTTP/1.1\r\n", &"A:\r\n".repeat(MOST_FIELDS)),
-        Ok(())
-    );
+    assert_eq!(request("GET / HTTP/1.1\r\n", &head(LONGEST_HEAD + 1)), Err(Answer::HeadTooLarge));
+    assert_eq!(request("GET / HTTP/1.1\r\n", &"A:\r\n".repeat(MOST_FIELDS)), Ok(()));
     assert_eq!(
         request("GET / HTTP/1.1\r\n", &"A:\r\n".repeat(MOST_FIELDS + 1)),
         Err(Answer::HeadTooLarge)
     );
     // Without an end they are refused as soon as they are too long.
-    assert_eq!(
-        parse(&[b'x'; LONGEST_LINE + 2]).err(),
-        Some(Answer::LineTooLong)
-    );
+    assert_eq!(parse(&[b'x'; LONGEST_LINE + 2]).err(), Some(Answer::LineTooLong));
 }
 
 #[test]
@@ -264,27 +228,17 @@ fn a_first_chunk_is_looked_at_with_the_head() {
 #[test]
 fn forms() {
     let command = |form: &[u8]| form_value(form, b"command");
-    assert_eq!(
-        command(b"a=b&command=x+%2B%00&c"),
-        Ok(Some(b"x +\0".to_vec()))
-    );
+    assert_eq!(command(b"a=b&command=x+%2B%00&c"), Ok(Some(b"x +\0".to_vec())));
     assert_eq!(command(b"%63ommand=x"), Ok(Some(b"x".to_vec())));
     assert_eq!(command(b"command=a=b"), Ok(Some(b"a=b".to_vec())));
     assert_eq!(command(b"command"), Ok(Some(Vec::new())));
     assert_eq!(command(b"Command=x&%=y&comman%64%=z"), Ok(None));
     assert_eq!(command(b""), Ok(None));
-    for broken in [
-        &b"command=%"[..],
-        b"command=%a",
-        b"command=%g0",
-        b"command=a&command=b",
-        b"command=%+1",
-    ] {
+    for broken in
+        [&b"command=%"[..], b"command=%a", b"command=%g0", b"command=a&command=b", b"command=%+1"]
+    {
         assert!(command(broken).is_err(), "{broken:?}");
     }
     let every: String = (0..=255).map(|byte| format!("%{byte:02x}")).collect();
-    assert_eq!(
-        command(format!("command={every}").as_bytes()),
-        Ok(Some((0..=255).collect()))
-    );
+    assert_eq!(command(format!("command={every}").as_bytes()), Ok(Some((0..=255).collect())));
 }

@@ -25,12 +25,7 @@ impl Browser {
             .unwrap()
             .unwrap();
         std::thread::spawn(move || lines.for_each(drop));
-        let port = line
-            .trim_end_matches('.')
-            .rsplit(' ')
-            .next()
-            .unwrap()
-            .to_string();
+        let port = line.trim_end_matches('.').rsplit(' ').next().unwrap().to_string();
         let profile = Folder::new();
         let flags = [
             "--headless=new",
@@ -62,18 +57,8 @@ impl Browser {
             .body_mut()
             .read_to_string()
             .unwrap();
-        let id = answer
-            .split("\"sessionId\":\"")
-            .nth(1)
-            .unwrap()
-            .split('"')
-            .next()
-            .unwrap();
-        let browser = Browser {
-            driver,
-            session: format!("{base}/{id}"),
-            _profile: profile,
-        };
+        let id = answer.split("\"sessionId\":\"").nth(1).unwrap().split('"').next().unwrap();
+        let browser = Browser { driver, session: format!("{base}/{id}"), _profile: profile };
         browser.go(url);
         browser
     }
@@ -81,16 +66,8 @@ impl Browser {
     fn post(&self, path: &str, content: &str) -> String {
         let request = ureq::post(format!("{}/{path}", self.session));
         let request = request.config().http_status_as_error(false).build();
-        let answer = request
-            .send(content)
-            .unwrap()
-            .body_mut()
-            .read_to_string()
-            .unwrap();
-        assert!(
-            !answer.starts_with("{\"value\":{\"error\""),
-            "{content}: {answer}"
-        );
+        let answer = request.send(content).unwrap().body_mut().read_to_string().unwrap();
+        assert!(!answer.starts_with("{\"value\":{\"error\""), "{content}: {answer}");
         answer
     }
 
@@ -101,13 +78,9 @@ impl Browser {
     /// What a function's body returns, as text.
     fn script(&self, body: &str) -> String {
         let script = format!("return String((() => {{ {body} }})())");
-        let answer = self.post(
-            "execute/sync",
-            &format!("{{\"script\":{},\"args\":[]}}", json(&script)),
-        );
-        let text = answer
-            .strip_prefix("{\"value\":\"")
-            .and_then(|rest| rest.strip_suffix("\"}"));
+        let answer =
+            self.post("execute/sync", &format!("{{\"script\":{},\"args\":[]}}", json(&script)));
+        let text = answer.strip_prefix("{\"value\":\"").and_then(|rest| rest.strip_suffix("\"}"));
         let text = text.unwrap_or_else(|| panic!("{body}: {answer}"));
         text.replace("\\n", "\n")
             .replace("\\\"", "\"")
@@ -125,10 +98,7 @@ impl Browser {
             .chars()
             .flat_map(|key| {
                 ["keyDown", "keyUp"].map(|kind| {
-                    format!(
-                        "{{\"type\":\"{kind}\",\"value\":{}}}",
-                        json(&key.to_string())
-                    )
+                    format!("{{\"type\":\"{kind}\",\"value\":{}}}", json(&key.to_string()))
                 })
             })
             .collect();
@@ -219,9 +189,7 @@ fn browser_page_runs_commands() {
     browser.run("sh -c 'echo out; echo err >&2; exit 3'");
     browser.ends_as("exited 3");
     assert!(
-        browser
-            .script("return document.querySelector('[role=status]').className")
-            .contains("bad")
+        browser.script("return document.querySelector('[role=status]').className").contains("bad")
     );
     assert_eq!(browser.script("return [...document.querySelectorAll('[data-stream=stderr]')].map((each) => each.textContent).join('')"), "err");
     assert!(browser.output().contains("out\n") && browser.output().contains("err\n"));
@@ -242,11 +210,7 @@ fn browser_page_runs_commands() {
         "live output",
         "return document.querySelector('[role=log]').textContent.startsWith('live')",
     );
-    assert!(
-        browser.status().starts_with("running "),
-        "{}",
-        browser.status()
-    );
+    assert!(browser.status().starts_with("running "), "{}", browser.status());
     folder.write("gate", "");
     browser.ends_as("exited 0");
     assert_eq!(browser.output(), "live\nover\n");
@@ -269,15 +233,8 @@ fn browser_page_runs_commands() {
     // A link fills the field in, and runs nothing.
     let runs = server.log().matches(" run ").count();
     browser.go("about:blank");
-    browser.go(&format!(
-        "http://{}/#touch%20{}",
-        server.address,
-        folder.path("linked")
-    ));
-    assert_eq!(
-        browser.script(field),
-        format!("touch {}", folder.path("linked"))
-    );
+    browser.go(&format!("http://{}/#touch%20{}", server.address, folder.path("linked")));
+    assert_eq!(browser.script(field), format!("touch {}", folder.path("linked")));
     assert_eq!(server.log().matches(" run ").count(), runs);
 }
 
@@ -337,10 +294,7 @@ fn browser_page_shows_output_as_a_terminal_does() {
 fn browser_page_survives_a_flood() {
     let (server, browser) = console(&[]);
     browser.run("yes 0123456789012345678901234567890123456789");
-    browser.until(
-        "lines to be dropped",
-        "return !document.querySelector('#dropped').hidden",
-    );
+    browser.until("lines to be dropped", "return !document.querySelector('#dropped').hidden");
     for _ in 0..20 {
         let kept = browser.script("const text = document.querySelector('[role=log]').textContent; return text.length < 2.2e6 && text.split('\\n').length < 5100");
         assert_eq!(kept, "true");
@@ -365,10 +319,7 @@ fn browser_page_asks_for_a_token() {
     browser.ends_as("refused: the token is wrong");
     browser.keys("s3cret\u{e007}");
     browser.ends_as("exited 0");
-    assert_eq!(
-        (browser.output().as_str(), browser.script(hidden).as_str()),
-        ("hi\n", "Tokentrue")
-    );
+    assert_eq!((browser.output().as_str(), browser.script(hidden).as_str()), ("hi\n", "Tokentrue"));
     browser.run("echo again");
     browser.until(
         "the second run",
@@ -389,19 +340,9 @@ fn browser_event_source_runs_a_command_once() {
             "window.seen = []; const source = new EventSource('{url}'); for (const name of ['start', 'stdout', 'exit']) source.addEventListener(name, (event) => window.seen.push(name)); source.onerror = () => window.seen.push('error' + source.readyState)"
         ));
     };
-    listen(
-        &browser,
-        &server.address,
-        &format!("sh -c 'echo x >> {file}; echo y'"),
-    );
-    browser.until(
-        "the stream to be over",
-        "return window.seen.at(-1) === 'error2'",
-    );
-    assert_eq!(
-        browser.script("return window.seen.join()"),
-        "start,stdout,exit,error0,error2"
-    );
+    listen(&browser, &server.address, &format!("sh -c 'echo x >> {file}; echo y'"));
+    browser.until("the stream to be over", "return window.seen.at(-1) === 'error2'");
+    assert_eq!(browser.script("return window.seen.join()"), "start,stdout,exit,error0,error2");
     std::thread::sleep(std::time::Duration::from_secs(10));
     assert_eq!(std::fs::read_to_string(&file).unwrap(), "x\n");
     // A page of another origin: refused, unless it is allowed.
@@ -410,18 +351,12 @@ fn browser_event_source_runs_a_command_once() {
     browser.go(&format!("{origin}/"));
     let other = Server::start(&[]);
     let friendly = Server::start(&["--allow-origin", &origin]);
-    listen(
-        &browser,
-        &other.address,
-        &format!("touch {}", folder.path("foreign")),
-    );
+    listen(&browser, &other.address, &format!("touch {}", folder.path("foreign")));
     browser.until("the refusal", "return window.seen.join() === 'error2'");
     assert!(!folder.0.join("foreign").exists());
     listen(&browser, &friendly.address, "echo hi");
-    browser.until(
-        "the friendly stream",
-        "return window.seen.join().startsWith('start,stdout,exit')",
-    );
+    browser
+        .until("the friendly stream", "return window.seen.join().startsWith('start,stdout,exit')");
 }
 
 /// All the ways in which a page can make a browser send something, at each of the names by which the server could be reached.
@@ -466,18 +401,11 @@ fn browser_hostile_pages_run_nothing() {
     let guarded = Server::start(&["--token-file", &file]);
     let site = other_site(HOSTILE_PAGE);
     let port = |address: &str| address.rsplit(':').next().unwrap().to_string();
-    let names = [
-        "127.0.0.1",
-        "localhost",
-        "a.localhost",
-        "0.0.0.0",
-        "[::ffff:127.0.0.1]",
-        "evil.test",
-    ];
-    for page in [
-        format!("http://evil.test:{}/", site.port()),
-        format!("http://localhost:{}/", site.port()),
-    ] {
+    let names =
+        ["127.0.0.1", "localhost", "a.localhost", "0.0.0.0", "[::ffff:127.0.0.1]", "evil.test"];
+    for page in
+        [format!("http://evil.test:{}/", site.port()), format!("http://localhost:{}/", site.port())]
+    {
         browser.go(&page);
         for target in [&server, &guarded] {
             for name in names {
@@ -529,12 +457,7 @@ fn browser_page_is_accessible() {
     let token = folder.write("token", "s3cret");
     let (server, browser) = console(&[]);
     let guarded = Server::start(&["--token-file", &token]);
-    for (width, scheme) in [
-        (1000, "light"),
-        (1000, "dark"),
-        (320, "light"),
-        (320, "dark"),
-    ] {
+    for (width, scheme) in [(1000, "light"), (1000, "dark"), (320, "light"), (320, "dark")] {
         let feature = format!("{{\"name\":\"prefers-color-scheme\",\"value\":\"{scheme}\"}}");
         let media = format!("{{\"features\":[{feature}]}}");
         let command = format!("{{\"cmd\":\"Emulation.setEmulatedMedia\",\"params\":{media}}}");
@@ -568,9 +491,6 @@ fn browser_page_is_accessible() {
         assert_eq!(findings(&browser), ".", "with a token, {width} {scheme}");
         // A control: what it is there to find is found.
         browser.script("document.querySelector('[role=log]').innerHTML = '<img src=x>'");
-        assert!(
-            findings(&browser).starts_with("image-alt"),
-            "{width} {scheme}"
-        );
+        assert!(findings(&browser).starts_with("image-alt"), "{width} {scheme}");
     }
 }

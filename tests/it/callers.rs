@@ -5,9 +5,7 @@ use crate::support::*;
 fn statuses(server: &Server, table: &[(&str, u16)]) {
     let port = server.address.rsplit(':').next().unwrap();
     for (fields, status) in table {
-        let fields = fields
-            .replace("HOST", &server.address)
-            .replace("PORT", port);
+        let fields = fields.replace("HOST", &server.address).replace("PORT", port);
         let host = if fields.contains("Host:") {
             String::new()
         } else {
@@ -59,17 +57,14 @@ fn names_that_can_only_mean_this_server() {
             format!("GET http://{authority}/run?command=true HTTP/1.1\r\nHost: {host}\r\n\r\n");
         assert_eq!(server.send(&request).status, status, "{request}");
     }
-    assert_eq!(
-        server.send("GET /run?command=true HTTP/1.0\r\n\r\n").status,
-        200
-    );
+    assert_eq!(server.send("GET /run?command=true HTTP/1.0\r\n\r\n").status, 200);
     let page = server.send("GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n");
     assert_eq!(page.status, 421);
 }
 
 #[test]
 fn names_on_ipv6() {
-    let mut command = std::process::Command::new(BINARY);
+    let mut command = binary();
     command.args(["--listen", "[::1]:0"]);
     let server = Server::start_command(command);
     let hosts = [
@@ -83,9 +78,8 @@ fn names_on_ipv6() {
         ("[::1]x", 400),
     ];
     for (host, status) in hosts {
-        let response = server.send(format!(
-            "GET /run?command=true HTTP/1.1\r\nHost: {host}\r\n\r\n"
-        ));
+        let response =
+            server.send(format!("GET /run?command=true HTTP/1.1\r\nHost: {host}\r\n\r\n"));
         assert_eq!(response.status, status, "{host}");
     }
 }
@@ -105,10 +99,7 @@ fn other_sites_pages_are_refused() {
             ("Origin: HTTP://HOST\r\n", 403),
             ("Origin: http://HOST/\r\n", 403),
             ("Origin: http://localhost:PORT\r\n", 403),
-            (
-                "Host: localhost:PORT\r\nOrigin: http://localhost:PORT\r\n",
-                200,
-            ),
+            ("Host: localhost:PORT\r\nOrigin: http://localhost:PORT\r\n", 200),
             ("Origin: http://evil.test\r\n", 403),
             ("Origin: http://127.0.0.1:1\r\n", 403),
             ("Origin: null\r\n", 403),
@@ -119,16 +110,10 @@ fn other_sites_pages_are_refused() {
             ("Sec-Fetch-Site: none\r\n", 200),
             ("Sec-Fetch-Site: same-site\r\n", 403),
             ("Sec-Fetch-Site: cross-site\r\n", 403),
-            (
-                "Sec-Fetch-Site: none\r\nSec-Fetch-Site: cross-site\r\n",
-                403,
-            ),
+            ("Sec-Fetch-Site: none\r\nSec-Fetch-Site: cross-site\r\n", 403),
             ("Sec-Fetch-Site:\r\n", 403),
             ("Sec-Fetch-Site: none\r\nSec-Fetch-Mode: navigate\r\n", 403),
-            (
-                "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Mode: navigate\r\n",
-                403,
-            ),
+            ("Sec-Fetch-Site: same-origin\r\nSec-Fetch-Mode: navigate\r\n", 403),
             (
                 "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Mode: cors\r\nUser-Agent: Mozilla/5.0\r\n",
                 200,
@@ -147,15 +132,10 @@ fn other_sites_pages_are_refused() {
                 && policy.contains("frame-ancestors 'none'"))
     );
     assert!(
-        !page
-            .fields
-            .iter()
-            .any(|(name, _)| name.starts_with("access-control-") || name == "vary")
+        !page.fields.iter().any(|(name, _)| name.starts_with("access-control-") || name == "vary")
     );
     assert!(
-        server
-            .log()
-            .contains("status=403 target=\"/run?command=true\" why=\"origin not allowed\"")
+        server.log().contains("status=403 target=\"/run?command=true\" why=\"origin not allowed\"")
     );
 }
 
@@ -184,10 +164,7 @@ fn an_allowed_origin_may_read() {
         );
         let response = server.send(preflight);
         assert_eq!(response.status, 204);
-        assert_eq!(
-            response.field("access-control-allow-methods"),
-            Some("GET, POST")
-        );
+        assert_eq!(response.field("access-control-allow-methods"), Some("GET, POST"));
         assert_eq!(
             response.field("access-control-allow-headers"),
             Some("Authorization, Content-Type, Last-Event-ID")
@@ -202,24 +179,14 @@ fn an_allowed_origin_may_read() {
     ] {
         let response = server.get("/run?command=true", &format!("Origin: {origin}\r\n"));
         assert_eq!(
-            (
-                response.status,
-                response.field("access-control-allow-origin")
-            ),
+            (response.status, response.field("access-control-allow-origin")),
             (403, None),
             "{origin}"
         );
     }
-    let own = server.get(
-        "/run?command=true",
-        &format!("Origin: http://{}\r\n", server.address),
-    );
+    let own = server.get("/run?command=true", &format!("Origin: http://{}\r\n", server.address));
     assert_eq!(
-        (
-            own.status,
-            own.field("access-control-allow-origin"),
-            own.field("vary")
-        ),
+        (own.status, own.field("access-control-allow-origin"), own.field("vary")),
         (200, None, None)
     );
     let any = Server::start(&["--allow-origin", "*", "--no-token"]);
@@ -236,10 +203,8 @@ fn a_token_is_asked_for() {
     let folder = Folder::new();
     let file = folder.write("token", "s3cret-t0ken \r\nother line\n");
     let by_file = Server::start(&["--token-file", &file]);
-    let mut command = std::process::Command::new(BINARY);
-    command
-        .args(["--listen", "127.0.0.1:0"])
-        .env("SSECOMMANDER_TOKEN", "s3cret-t0ken");
+    let mut command = binary();
+    command.args(["--listen", "127.0.0.1:0"]).env("SSECOMMANDER_TOKEN", "s3cret-t0ken");
     let by_variable = Server::start_command(command);
     for server in [&by_file, &by_variable] {
         statuses(
@@ -260,26 +225,14 @@ fn a_token_is_asked_for() {
                     401,
                 ),
                 // Rules 1 and 4 are skipped, 2 and 3 are not.
-                (
-                    "Host: any.name\r\nAuthorization: Bearer s3cret-t0ken\r\n",
-                    200,
-                ),
-                (
-                    "User-Agent: Mozilla/5.0\r\nAuthorization: Bearer s3cret-t0ken\r\n",
-                    200,
-                ),
-                (
-                    "Origin: http://evil.test\r\nAuthorization: Bearer s3cret-t0ken\r\n",
-                    403,
-                ),
+                ("Host: any.name\r\nAuthorization: Bearer s3cret-t0ken\r\n", 200),
+                ("User-Agent: Mozilla/5.0\r\nAuthorization: Bearer s3cret-t0ken\r\n", 200),
+                ("Origin: http://evil.test\r\nAuthorization: Bearer s3cret-t0ken\r\n", 403),
                 (
                     "Host: any.name\r\nOrigin: http://any.name\r\nAuthorization: Bearer s3cret-t0ken\r\n",
                     200,
                 ),
-                (
-                    "Sec-Fetch-Site: cross-site\r\nAuthorization: Bearer s3cret-t0ken\r\n",
-                    403,
-                ),
+                ("Sec-Fetch-Site: cross-site\r\nAuthorization: Bearer s3cret-t0ken\r\n", 403),
             ],
         );
         let refused = server.get("/run?command=s3cret-t0ken", "");
@@ -287,10 +240,7 @@ fn a_token_is_asked_for() {
         assert_eq!(server.get("/", "").status, 200);
         assert_eq!(
             server
-                .send(format!(
-                    "OPTIONS /run HTTP/1.1\r\nHost: {}\r\n\r\n",
-                    server.address
-                ))
+                .send(format!("OPTIONS /run HTTP/1.1\r\nHost: {}\r\n\r\n", server.address))
                 .status,
             204
         );
@@ -301,32 +251,19 @@ fn a_token_is_asked_for() {
                 .contains("SSECOMMANDER")
         );
         assert_eq!(
-            output(
-                &server
-                    .get("/run?command=echo+s3cret-t0ken", bearer)
-                    .events(),
-                "stdout"
-            ),
+            output(&server.get("/run?command=echo+s3cret-t0ken", bearer).events(), "stdout"),
             "s3cret-t0ken\n"
         );
         server.logged(&["command=\"echo ***\""]);
         assert!(!server.log().contains("s3cret-t0ken"));
     }
-    assert_eq!(
-        Server::start(&["--listen", "0.0.0.0:0", "--no-token"]).address[..8],
-        *"0.0.0.0:"
-    );
+    assert_eq!(Server::start(&["--listen", "0.0.0.0:0", "--no-token"]).address[..8], *"0.0.0.0:");
 }
 
 #[test]
 fn only_what_is_allowed_runs() {
-    let server = Server::start(&[
-        "--allow",
-        "echo 'a  b'",
-        "--allow",
-        "printf %s *",
-        "--allow=true",
-    ]);
+    let server =
+        Server::start(&["--allow", "echo 'a  b'", "--allow", "printf %s *", "--allow=true"]);
     for (command, status) in [
         ("echo 'a  b'", 200),
         ("echo \"a  b\"", 200),
@@ -342,18 +279,9 @@ fn only_what_is_allowed_runs() {
         ("true *", 403),
         ("sh -c true", 403),
     ] {
-        assert_eq!(
-            server.get(&run_target(command), "").status,
-            status,
-            "{command}"
-        );
+        assert_eq!(server.get(&run_target(command), "").status, status, "{command}");
     }
-    assert_eq!(
-        Server::start(&["--allow", "*"])
-            .get("/run?command=true", "")
-            .status,
-        200
-    );
+    assert_eq!(Server::start(&["--allow", "*"]).get("/run?command=true", "").status, 200);
 }
 
 #[test]
@@ -364,21 +292,13 @@ fn refusals_take_precedence_in_order() {
     let bearer = "Authorization: Bearer secret\r\n";
     let table = [
         // Each request is wrong in its own way and in all later ones.
-        (
-            "PUT /none?command=' HTTP/1.1",
-            "A b\r\nContent-Length: x\r\nOrigin: null\r\n",
-            400,
-        ),
+        ("PUT /none?command=' HTTP/1.1", "A b\r\nContent-Length: x\r\nOrigin: null\r\n", 400),
         (
             "PUT /none?command=' HTTP/1.1",
             "Transfer-Encoding: gzip\r\nHost: b\r\nOrigin: null\r\n",
             501,
         ),
-        (
-            "PUT /none?command=' HTTP/1.1",
-            "Host: b\r\nOrigin: null\r\n",
-            400,
-        ),
+        ("PUT /none?command=' HTTP/1.1", "Host: b\r\nOrigin: null\r\n", 400),
         ("PUT /none?command=' HTTP/1.1", "Origin: null\r\n", 403),
         ("PUT /none?command=' HTTP/1.1", "", 404),
         ("PUT /run?command=' HTTP/1.1", "Last-Event-ID: 1\r\n", 501),

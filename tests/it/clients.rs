@@ -19,19 +19,11 @@ impl Drop for Running {
 }
 
 fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn text_of(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
+    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
 }
 
@@ -40,29 +32,16 @@ fn proxy(folder: &Folder, program: &str, configuration: &str, port: u16) -> Runn
     let file = folder.write("proxy.conf", configuration);
     let mut command = Command::new(program);
     match program {
-        "nginx" => command.args([
-            "-p",
-            folder.0.to_str().unwrap(),
-            "-c",
-            &file,
-            "-g",
-            "daemon off;",
-        ]),
+        "nginx" => {
+            command.args(["-p", folder.0.to_str().unwrap(), "-c", &file, "-g", "daemon off;"])
+        }
         _ => command.args(["-f", &file, "-db"]),
     };
     // nginx takes its workers along; HAProxy would wait for its connections.
     let signal = if program == "nginx" { "TERM" } else { "KILL" };
-    let running = Running(
-        command
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap(),
-        signal,
-    );
-    wait_for(program, || {
-        std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
-    });
+    let running =
+        Running(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap(), signal);
+    wait_for(program, || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
     running
 }
 
@@ -79,9 +58,7 @@ fn shown(first: &str, port: u16, servers: &str) -> String {
     let (own, others): (Vec<&str>, Vec<&str>) = example.lines().partition(|line| is_server(line));
     assert_eq!(own.len(), 2, "{example}");
     let place = example.lines().position(is_server).unwrap();
-    [&others[..place], &[servers], &others[place..], &[""]]
-        .concat()
-        .join("\n")
+    [&others[..place], &[servers], &others[place..], &[""]].concat().join("\n")
 }
 
 /// nginx with what stands in `http`.
@@ -95,9 +72,7 @@ fn nginx(folder: &Folder, port: u16, http: &str) -> Running {
 }
 
 fn shown_nginx(folder: &Folder, port: u16, servers: &[&Server]) -> Running {
-    let lines = servers
-        .iter()
-        .map(|it| format!("server {} max_fails=0;", it.address));
+    let lines = servers.iter().map(|it| format!("server {} max_fails=0;", it.address));
     let servers = lines.collect::<String>();
     nginx(folder, port, &shown("upstream commander {", port, &servers))
 }
@@ -135,10 +110,7 @@ fn streams_and_ends(server: &Server, address: &str, fields: &[&str]) {
 /// Through `address`, where every other instance is full, each client is served all the same.
 fn fails_over(address: &str) {
     for _ in 0..4 {
-        let events = text_of(
-            "curl",
-            &["-sN", &format!("http://{address}/run?command=echo+hi")],
-        );
+        let events = text_of("curl", &["-sN", &format!("http://{address}/run?command=echo+hi")]);
         assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
     }
 }
@@ -149,17 +121,10 @@ fn clients_curl() {
     let server = Server::start(&[]);
     let url = format!("http://{}/run", server.address);
     let events = parse_events(
-        text_of(
-            "curl",
-            &["-sN", "--data-urlencode", "command=echo a&b", &url],
-        )
-        .as_bytes(),
+        text_of("curl", &["-sN", "--data-urlencode", "command=echo a&b", &url]).as_bytes(),
     );
     assert_eq!(
-        (
-            output(&events, "stdout").as_str(),
-            outcome(&events).as_str()
-        ),
+        (output(&events, "stdout").as_str(), outcome(&events).as_str()),
         ("a&b\n", "exited:0")
     );
     let folder = Folder::new();
@@ -202,13 +167,7 @@ fn clients_busybox_and_nc() {
     let server = Server::start(&[]);
     let events = text_of(
         "busybox",
-        &[
-            "wget",
-            "-q",
-            "-O",
-            "-",
-            &format!("http://{}/run?command=echo+hi", server.address),
-        ],
+        &["wget", "-q", "-O", "-", &format!("http://{}/run?command=echo+hi", server.address)],
     );
     assert_eq!(output(&parse_events(events.as_bytes()), "stdout"), "hi\n");
     let (host, port) = server.address.split_once(':').unwrap();
@@ -224,10 +183,7 @@ fn clients_busybox_and_nc() {
         .write_all(b"GET /run?command=sh+-c+'sleep+0.5;+echo+late' HTTP/1.0\r\n\r\n")
         .unwrap();
     let output = String::from_utf8(nc.wait_with_output().unwrap().stdout).unwrap();
-    assert!(
-        output.contains("late\\n") && output.contains("event: exit"),
-        "{output}"
-    );
+    assert!(output.contains("late\\n") && output.contains("event: exit"), "{output}");
 }
 
 #[test]
@@ -265,16 +221,10 @@ fn clients_behind_haproxy() {
         server.address
     );
     let plain = proxy(&folder, "haproxy", &plain, port);
-    let url = format!(
-        "http://127.0.0.1:{port}{}",
-        run_target("sh -c 'echo hi; exit 3'")
-    );
+    let url = format!("http://127.0.0.1:{port}{}", run_target("sh -c 'echo hi; exit 3'"));
     let events = parse_events(text_of("curl", &["-sN", &url]).as_bytes());
     assert_eq!(
-        (
-            output(&events, "stdout").as_str(),
-            outcome(&events).as_str()
-        ),
+        (output(&events, "stdout").as_str(), outcome(&events).as_str()),
         ("hi\n", "exited:3")
     );
     drop(plain);
@@ -390,12 +340,7 @@ fn clients_that_are_slow_do_not_keep_out_a_good_one() {
     let modes: [(&str, &[&str]); 3] = [
         ("/", &["-H"]),
         ("/run", &["-B", "-s", "60000", "-j", own_page]),
-        (
-            "/",
-            &[
-                "-X", "-z", "32", "-w", "10", "-y", "20", "-n", "2", "-k", "10",
-            ],
-        ),
+        ("/", &["-X", "-z", "32", "-w", "10", "-y", "20", "-n", "2", "-k", "10"]),
     ];
     for (target, mode) in modes {
         let url = format!("http://{}{target}", server.address);

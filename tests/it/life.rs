@@ -11,28 +11,21 @@ fn what_a_command_gets() {
     let mut command = Command::new("sh");
     // Started by somebody who ignores signals, keeps descriptors open and has set a variable.
     let script = "trap '' CHLD HUP INT QUIT USR1 PIPE; exec 7</etc/passwd 9>/dev/null; exec \"$0\" --listen 127.0.0.1:0";
-    command
-        .args(["-c", script, BINARY])
-        .env("MARK", "there")
-        .current_dir("/usr");
+    command.args(["-c", script, BINARY]).env("MARK", "there").current_dir("/usr");
     let server = Server::start_command(command);
     let run = |command: &str| output(&server.run(command), "stdout");
     assert_eq!(run("sh -c 'pwd; echo $MARK'"), "/usr\nthere\n");
     let status = run("cat /proc/self/status");
     for field in ["SigBlk:", "SigIgn:", "SigCgt:"] {
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix(field))
-            .unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
         // glibc's spawn ignores the two signals that it keeps for itself, 32 and 33.
         let signals = u64::from_str_radix(line.trim(), 16).unwrap() & !(3 << 31);
         assert_eq!(signals, 0, "{field}{line}");
     }
     let descriptors = run("ls -l /proc/self/fd");
     let links = descriptors.lines().filter(|line| line.contains(" -> "));
-    let names: Vec<_> = links
-        .filter_map(|line| line.split(" -> ").next()?.rsplit(' ').next())
-        .collect();
+    let names: Vec<_> =
+        links.filter_map(|line| line.split(" -> ").next()?.rsplit(' ').next()).collect();
     assert_eq!(names, ["0", "1", "2", "3"], "{descriptors}");
     assert!(descriptors.contains("0 -> /dev/null"));
     let (client, pid) = server.begin("sleep 1000");
@@ -56,10 +49,8 @@ fn ends_all(
         printed.push_str(&client.read_until("\\n"));
     }
     let events = parse_events(printed.as_bytes());
-    let mut pids: Vec<u32> = output(&events, "stdout")
-        .lines()
-        .map(|line| line.parse().unwrap())
-        .collect();
+    let mut pids: Vec<u32> =
+        output(&events, "stdout").lines().map(|line| line.parse().unwrap()).collect();
     pids.push(leader);
     assert!(pids.iter().all(|&pid| is_alive(pid)));
     let start = Instant::now();
@@ -77,10 +68,7 @@ fn a_hang_up_kills_the_command_and_its_grandchildren() {
     let took = ends_all(&server, FAMILY, 2, drop);
     assert!(took < Duration::from_secs(2), "{took:?}");
     let line = server.logged(&["exit", "out=gone"]);
-    assert!(
-        line.contains("signal=15") && line.contains("stdout_bytes="),
-        "{line}"
-    );
+    assert!(line.contains("signal=15") && line.contains("stdout_bytes="), "{line}");
     server.comes_to_rest(rest);
 }
 
@@ -89,11 +77,7 @@ fn a_reset_kills() {
     let server = Server::start(&[]);
     let (client, pid) = server.begin("sh -c 'sleep 0.3; echo unread; sleep 1000'");
     wait_for("output that nobody reads", || {
-        client
-            .stream
-            .get_ref()
-            .peek(&mut [0; 200])
-            .is_ok_and(|length| length > 0)
+        client.stream.get_ref().peek(&mut [0; 200]).is_ok_and(|length| length > 0)
     });
     // Closing with unread input sends a reset.
     drop(client);
@@ -103,25 +87,16 @@ fn a_reset_kills() {
 #[test]
 fn a_hang_up_kills_one_that_prints_one_that_is_stopped_and_one_that_ignores_sigterm() {
     let server = Server::start(&["--grace", "0.5"]);
-    ends_all(
-        &server,
-        "sh -c 'echo $$; while :; do echo x >&2; done'",
-        1,
-        drop,
-    );
+    ends_all(&server, "sh -c 'echo $$; while :; do echo x >&2; done'", 1, drop);
     let stubborn = "sh -c 'trap \"\" TERM; echo $$; while :; do sleep 0.1; done'";
     let took = ends_all(&server, stubborn, 1, drop);
     assert!(took >= Duration::from_millis(500), "{took:?}");
-    wait_for("all to be logged", || {
-        server.log().matches("out=gone").count() == 2
-    });
+    wait_for("all to be logged", || server.log().matches("out=gone").count() == 2);
     assert!(server.log().contains("signal=9") && server.log().contains("signal=15"));
     // One that is stopped takes SIGTERM at once, not SIGKILL after the grace period.
     let server = Server::start(&["--grace", "1000"]);
     let (client, pid) = server.begin("sh -c 'kill -STOP $$; sleep 1000'");
-    wait_for("the command to stop", || {
-        stat_field(pid, 0).as_deref() == Some("T")
-    });
+    wait_for("the command to stop", || stat_field(pid, 0).as_deref() == Some("T"));
     drop(client);
     is_gone(pid);
     server.logged(&["exit", "signal=15"]);
@@ -135,10 +110,7 @@ fn a_half_close_still_gets_its_answer() {
     client.half_close();
     let events = client.rest();
     assert_eq!(
-        (
-            output(&events, "stdout").as_str(),
-            outcome(&events).as_str()
-        ),
+        (output(&events, "stdout").as_str(), outcome(&events).as_str()),
         ("late\n", "exited:0")
     );
     // But it does not keep a command alive for nobody.
@@ -182,10 +154,7 @@ fn a_client_that_reads_slowly_slows_the_command() {
     let (mut client, pid) = server.begin("yes");
     let written = || {
         let io = std::fs::read_to_string(format!("/proc/{pid}/io")).unwrap();
-        io.lines()
-            .find_map(|line| line.strip_prefix("wchar: "))
-            .unwrap()
-            .to_string()
+        io.lines().find_map(|line| line.strip_prefix("wchar: ")).unwrap().to_string()
     };
     let mut last = written();
     wait_for("the command to be held up", || {
@@ -219,11 +188,7 @@ fn what_a_command_leaves_running_may_print_for_a_moment() {
         (vec!["late", "later"], "exited:0")
     );
     is_gone(pid);
-    assert!(
-        start.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     // One that never pauses ends with the grace period.
     let server = Server::start(&["--grace", "0.6"]);
     let start = Instant::now();
@@ -244,12 +209,7 @@ fn an_escaped_process_holds_nothing() {
     assert!(is_alive(pid));
     // Nor does one that prints without end, or one of a command that is killed.
     let events = server.run("sh -c 'setsid sh -c \"echo \\$\\$; exec yes\" & sleep 0.3'");
-    let printer: u32 = output(&events, "stdout")
-        .lines()
-        .next()
-        .unwrap()
-        .parse()
-        .unwrap();
+    let printer: u32 = output(&events, "stdout").lines().next().unwrap().parse().unwrap();
     let (mut client, leader) =
         server.begin("sh -c 'setsid sh -c \"echo \\$\\$; exec sleep 1000\" & sleep 1000'");
     let third = output(&parse_events(client.read_until("\\n").as_bytes()), "stdout")
@@ -289,10 +249,7 @@ fn signals_end_the_server_and_every_command() {
         let start = Instant::now();
         server.signal(signal);
         let events = client.rest();
-        assert_eq!(
-            (events[0].event.as_str(), outcome(&events).as_str()),
-            ("err", "shutdown:15")
-        );
+        assert_eq!((events[0].event.as_str(), outcome(&events).as_str()), ("err", "shutdown:15"));
         assert_eq!(outcome(&stubborn.rest()), "shutdown:9");
         assert_eq!(server.exit_status().code(), Some(0));
         assert!(start.elapsed() < Duration::from_secs(5));
@@ -307,10 +264,7 @@ fn signals_end_the_server_and_every_command() {
 fn idle_connections_do_not_hold_up_the_end() {
     let mut server = Server::start(&["--grace", "1000"]);
     let mut served = server.connect();
-    served.write(format!(
-        "GET /none HTTP/1.1\r\nHost: {}\r\n\r\n",
-        server.address
-    ));
+    served.write(format!("GET /none HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
     assert_eq!(served.response().status, 404);
     let (_silent, (ended, _)) = (server.connect(), server.begin("true"));
     drop(ended);
@@ -330,11 +284,7 @@ fn a_second_signal_does_not_wait() {
     let start = Instant::now();
     server.signal("TERM");
     assert_eq!(server.exit_status().code(), Some(0));
-    assert!(
-        start.elapsed() < Duration::from_secs(3),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(3), "{:?}", start.elapsed());
     is_gone(pid);
 }
 
@@ -381,12 +331,7 @@ fn five_hundred_runs_leave_nothing() {
             std::thread::spawn(move || {
                 for number in 0..100 {
                     let url = format!("http://{address}/run?command=echo+{number}");
-                    let text = ureq::get(&url)
-                        .call()
-                        .unwrap()
-                        .body_mut()
-                        .read_to_string()
-                        .unwrap();
+                    let text = ureq::get(&url).call().unwrap().body_mut().read_to_string().unwrap();
                     assert_eq!(
                         output(&parse_events(text.as_bytes()), "stdout"),
                         format!("{number}\n")
@@ -395,15 +340,13 @@ fn five_hundred_runs_leave_nothing() {
             })
         })
         .collect();
-    clients
-        .into_iter()
-        .for_each(|client| client.join().unwrap());
+    clients.into_iter().for_each(|client| client.join().unwrap());
     server.comes_to_rest(rest);
 }
 
 #[test]
 fn a_group_of_the_server_s_own_is_not_hit() {
-    let mut command = Command::new(BINARY);
+    let mut command = binary();
     command.args(["--listen", "127.0.0.1:0"]).process_group(0);
     let server = Server::start_command(command);
     ends_all(&server, FAMILY, 2, drop);
@@ -419,9 +362,7 @@ fn commands_do_not_outlive_a_server_that_is_killed() {
     let mut pids = Vec::new();
     for (client, pid) in &mut begun {
         let text = client.read_until("\\n");
-        let number = text
-            .rsplit('"')
-            .find_map(|part| part.trim_end_matches("\\n").parse().ok());
+        let number = text.rsplit('"').find_map(|part| part.trim_end_matches("\\n").parse().ok());
         pids.extend([*pid, number.unwrap_or_else(|| panic!("{text}"))]);
     }
     server.run("true");
@@ -435,10 +376,8 @@ fn commands_do_not_outlive_a_server_that_is_killed() {
 #[test]
 fn the_guardian_is_small_and_ends_with_the_server() {
     let mark = format!("MARK={}", std::process::id());
-    let mut command = Command::new(BINARY);
-    command
-        .args(["--listen", "127.0.0.1:0"])
-        .env("MARK", &mark[5..]);
+    let mut command = binary();
+    command.args(["--listen", "127.0.0.1:0"]).env("MARK", &mark[5..]);
     let mut server = Server::start_command(command);
     // Whoever was started with the mark, and has it still.
     let marked = || -> Vec<(u32, String)> {
@@ -449,9 +388,7 @@ fn the_guardian_is_small_and_ends_with_the_server() {
             environment.is_ok_and(|it| it.split(|&byte| byte == 0).any(|it| it == mark.as_bytes()))
         };
         let name = |pid| std::fs::read_to_string(format!("/proc/{pid}/comm"));
-        let named = pids
-            .filter(has_mark)
-            .filter_map(|pid| Some((pid, name(pid).ok()?)));
+        let named = pids.filter(has_mark).filter_map(|pid| Some((pid, name(pid).ok()?)));
         named.collect()
     };
     let pid = server.process.id();
@@ -466,13 +403,8 @@ fn the_guardian_is_small_and_ends_with_the_server() {
     assert_ne!(stat_field(guardian, 3), stat_field(pid, 3));
     let memory = std::fs::read_to_string(format!("/proc/{guardian}/smaps_rollup")).unwrap();
     let private = memory.lines().filter(|line| line.starts_with("Private_"));
-    let kilobytes = private.map(|line| {
-        line.split_whitespace()
-            .nth(1)
-            .unwrap()
-            .parse::<u32>()
-            .unwrap()
-    });
+    let kilobytes =
+        private.map(|line| line.split_whitespace().nth(1).unwrap().parse::<u32>().unwrap());
     assert!(kilobytes.sum::<u32>() < 300, "{memory}");
     server.signal("TERM");
     server.exit_status();
@@ -498,9 +430,7 @@ fn room_of_an_idle_client(server: &Server) -> u64 {
 
 /// Waits until a command has exited, reaped or not.
 fn has_exited(pid: u32) {
-    wait_for("the command to exit", || {
-        stat_field(pid, 0).is_none_or(|state| state == "Z")
-    });
+    wait_for("the command to exit", || stat_field(pid, 0).is_none_or(|state| state == "Z"));
 }
 
 /// The command has exited and its group is killed, while the last of its output is still in the pipe or in the server.
@@ -515,9 +445,7 @@ fn a_client_that_pauses_gets_all_that_was_written() {
         let events = client.rest();
         assert_eq!(outcome(&events), "exited:0");
         let pieces = events.iter().filter(|event| event.event == "stdout");
-        let escaped: usize = pieces
-            .map(|event| event.data.matches("\\u0000").count())
-            .sum();
+        let escaped: usize = pieces.map(|event| event.data.matches("\\u0000").count()).sum();
         assert_eq!(escaped as u64, length);
     }
 }
@@ -549,8 +477,5 @@ fn leftovers_are_not_taken_for_quiet_while_the_client_pauses() {
     let events = client.rest();
     assert_eq!(outcome(&events), "exited:0");
     let data = &events.last().unwrap().data;
-    assert!(
-        data.contains(&format!("\"stdout_bytes\":{length}")),
-        "{data}"
-    );
+    assert!(data.contains(&format!("\"stdout_bytes\":{length}")), "{data}");
 }

@@ -12,10 +12,7 @@ fn beyond_the_cap_clients_are_told_so() {
     let held: Vec<_> = (0..3).map(|_| server.begin("sleep 1000")).collect();
     for _ in 0..20 {
         let response = server.get("/run?command=true", "");
-        assert_eq!(
-            (response.status, response.field("retry-after")),
-            (503, Some("1"))
-        );
+        assert_eq!((response.status, response.field("retry-after")), (503, Some("1")));
         assert!(response.complete && response.field("date").is_some());
     }
     // Refusals come before want of room.
@@ -35,18 +32,10 @@ fn beyond_the_cap_clients_are_told_so() {
     }
     // No answer comes before its request: proxies lose count.
     let mut client = server.connect();
-    client
-        .stream
-        .get_ref()
-        .set_read_timeout(Some(Duration::from_millis(200)))
-        .unwrap();
+    client.stream.get_ref().set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     assert!(client.stream.fill_buf().is_err());
     client.write("GET /run?command=true HTTP/1.1\r\nHost: localhost\r\n\r\n");
-    client
-        .stream
-        .get_ref()
-        .set_read_timeout(Some(PATIENCE))
-        .unwrap();
+    client.stream.get_ref().set_read_timeout(Some(PATIENCE)).unwrap();
     assert_eq!(client.response().status, 503);
     assert_eq!(server.children().len(), 3);
     drop((held, client));
@@ -109,10 +98,7 @@ fn a_burst_of_connections_waits_in_the_backlog() {
     for client in clients.into_iter().flatten() {
         client.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut client = Client::of(client);
-        client.write(format!(
-            "GET /none HTTP/1.1\r\nHost: {}\r\n\r\n",
-            server.address
-        ));
+        client.write(format!("GET /none HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
         assert_eq!(client.response().status, 404);
     }
 }
@@ -121,18 +107,11 @@ fn a_burst_of_connections_waits_in_the_backlog() {
 fn log_lines_are_of_one_form_and_cannot_be_forged() {
     let server = Server::start(&["--verbose"]);
     server.run("printf 'a\\n2026-11-22T12:00:00.000Z run\\033[31m\\377'");
-    server.get(
-        &run_target("nonesuch \"\n2026-01-01T00:00:00.000Z shutdown\""),
-        "",
-    );
+    server.get(&run_target("nonesuch \"\n2026-01-01T00:00:00.000Z shutdown\""), "");
     server.get("/run?command='%0d%0a%1b", "");
     server.send("GET /\" HTTP/1.1\r\nHost: x\r\n\r\n");
     server.logged(&["refuse", "status=421", "target=\"/\\\"\""]);
-    server.logged(&[
-        "exit",
-        "pid=0 out=failed code=127",
-        "why=\"cannot run nonesuch",
-    ]);
+    server.logged(&["exit", "pid=0 out=failed code=127", "why=\"cannot run nonesuch"]);
     let log = server.log();
     let is_time =
         |time: &str| time.len() == 24 && time.ends_with('Z') && time.as_bytes()[10] == b'T';
@@ -147,16 +126,10 @@ fn log_lines_are_of_one_form_and_cannot_be_forged() {
                 ),
             "{line}"
         );
-        assert!(
-            line.bytes().all(|byte| (b' '..=b'~').contains(&byte)),
-            "{line:?}"
-        );
+        assert!(line.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{line:?}");
     }
     assert!(log.contains("stdout peer="), "{log}");
-    assert!(
-        log.contains("out=\"a\\n2026-11-22T12:00:00.000Z run\\x1b[31m\\xff\""),
-        "{log}"
-    );
+    assert!(log.contains("out=\"a\\n2026-11-22T12:00:00.000Z run\\x1b[31m\\xff\""), "{log}");
     let exit = server.logged(&["exit", "stdout_bytes=36"]);
     assert!(
         exit.contains(" pid=")

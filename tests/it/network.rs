@@ -96,9 +96,5 @@ fn network_a_dead_peer_is_noticed() {
     assert!(status.success());
     let start = Instant::now();
     commands.into_iter().for_each(is_gone);
-    assert!(
-        start.elapsed() < Duration::from_secs(8),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
 }

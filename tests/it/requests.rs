@@ -12,24 +12,13 @@ fn ask(server: &Server, request: &str) -> Response {
 #[test]
 fn heads_by_the_grammar() {
     let server = Server::start(&[]);
-    let long_line = format!(
-        "GET /{} HTTP/1.1\r\nHost: HOST\r\n\r\n",
-        "x".repeat(8 << 10)
-    );
-    let fitting_line = format!(
-        "GET /{} HTTP/1.1\r\nHost: HOST\r\n\r\n",
-        "x".repeat((8 << 10) - 14)
-    );
+    let long_line = format!("GET /{} HTTP/1.1\r\nHost: HOST\r\n\r\n", "x".repeat(8 << 10));
+    let fitting_line =
+        format!("GET /{} HTTP/1.1\r\nHost: HOST\r\n\r\n", "x".repeat((8 << 10) - 14));
     let fields = |count: usize| {
-        format!(
-            "GET / HTTP/1.1\r\nHost: HOST\r\n{}\r\n",
-            "A: b\r\n".repeat(count - 1)
-        )
+        format!("GET / HTTP/1.1\r\nHost: HOST\r\n{}\r\n", "A: b\r\n".repeat(count - 1))
     };
-    let large_head = format!(
-        "GET / HTTP/1.1\r\nHost: HOST\r\nA: {}\r\n\r\n",
-        "x".repeat(16 << 10)
-    );
+    let large_head = format!("GET / HTTP/1.1\r\nHost: HOST\r\nA: {}\r\n\r\n", "x".repeat(16 << 10));
     let (many, enough) = (fields(101), fields(100));
     let table: &[(&str, u16)] = &[
         ("GET / HTTP/1.1\r\nHost: HOST\r\n\r\n", 200),
@@ -97,19 +86,11 @@ fn heads_by_the_grammar() {
     for (request, status) in table {
         let response = ask(&server, request);
         assert_eq!(response.status, *status, "{request:?} {response:?}");
-        assert!(
-            response
-                .field("date")
-                .is_some_and(|date| date.ends_with(" GMT")),
-            "{response:?}"
-        );
+        assert!(response.field("date").is_some_and(|date| date.ends_with(" GMT")), "{response:?}");
         assert_eq!(response.field("x-content-type-options"), Some("nosniff"));
         if *status >= 400 {
             assert_eq!(
-                (
-                    response.text().lines().count(),
-                    response.field("content-type")
-                ),
+                (response.text().lines().count(), response.field("content-type")),
                 (1, Some("text/plain; charset=utf-8"))
             );
         }
@@ -122,14 +103,8 @@ fn framing_of_content() {
     let table: &[(&str, u16)] = &[
         ("Content-Length: 3\r\n\r\nabc", 200),
         ("Content-Length: 0\r\n\r\n", 200),
-        (
-            "Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
-            200,
-        ),
-        (
-            "Transfer-Encoding: Chunked\r\n\r\n03;x=\"y\"\r\nabc\r\n0\r\nTrailer: x\r\n\r\n",
-            200,
-        ),
+        ("Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n", 200),
+        ("Transfer-Encoding: Chunked\r\n\r\n03;x=\"y\"\r\nabc\r\n0\r\nTrailer: x\r\n\r\n", 200),
         ("Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc", 400),
         ("Content-Length: 3, 3\r\n\r\nabc", 400),
         ("Content-Length: +3\r\n\r\nabc", 400),
@@ -138,14 +113,8 @@ fn framing_of_content() {
         ("Content-Length: 3 3\r\n\r\nabc", 400),
         ("Content-Length:\r\n\r\nabc", 400),
         ("Content-Length: 99999999999999999999\r\n\r\nabc", 400),
-        (
-            "Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-            400,
-        ),
-        (
-            "Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
-            400,
-        ),
+        ("Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+        ("Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n", 400),
         ("Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n", 501),
@@ -155,23 +124,15 @@ fn framing_of_content() {
         ("Transfer-Encoding: chunked\r\n\r\n-3\r\nabc\r\n", 400),
         ("Transfer-Encoding: chunked\r\n\r\n3 3\r\nabc\r\n", 400),
         ("Transfer-Encoding: chunked\r\n\r\n\r\n", 400),
-        (
-            "Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n",
-            400,
-        ),
+        ("Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\n", 400),
     ];
     for (rest, status) in table {
-        let response = ask(
-            &server,
-            &format!("POST /run?command=cat HTTP/1.1\r\nHost: HOST\r\n{rest}"),
-        );
+        let response =
+            ask(&server, &format!("POST /run?command=cat HTTP/1.1\r\nHost: HOST\r\n{rest}"));
         assert_eq!(response.status, *status, "{rest:?} {response:?}");
         if *status == 200 {
-            let expected = if rest.ends_with("\r\n\r\n") && !rest.contains("abc") {
-                ""
-            } else {
-                "abc"
-            };
+            let expected =
+                if rest.ends_with("\r\n\r\n") && !rest.contains("abc") { "" } else { "abc" };
             assert_eq!(output(&response.events(), "stdout"), expected, "{rest:?}");
         }
     }
@@ -199,18 +160,12 @@ fn commands_of_a_query() {
             response.events()[1].data,
             format!(
                 "{{\"type\":\"stdout\",\"out\":\"{}\"}}",
-                expected
-                    .replace('\\', "")
-                    .replace('"', "\\\"")
-                    .replace('\n', "\\n")
+                expected.replace('\\', "").replace('"', "\\\"").replace('\n', "\\n")
             ),
             "{query}"
         );
     }
-    assert_eq!(
-        output(&server.get("/run?%63ommand=echo+x", "").events(), "stdout"),
-        "x\n"
-    );
+    assert_eq!(output(&server.get("/run?%63ommand=echo+x", "").events(), "stdout"), "x\n");
     for query in [
         "",
         "?",
@@ -227,11 +182,7 @@ fn commands_of_a_query() {
         "?commands=a",
     ] {
         let response = server.get(&format!("/run{query}"), "");
-        assert_eq!(
-            (response.status, response.text().lines().count()),
-            (400, 1),
-            "{query}"
-        );
+        assert_eq!((response.status, response.text().lines().count()), (400, 1), "{query}");
     }
     assert!(server.children().is_empty());
 }
@@ -255,15 +206,9 @@ fn forms() {
             ),
         )
     };
-    assert_eq!(
-        output(&post("command=echo+a%26b&x=y", "").events(), "stdout"),
-        "a&b\n"
-    );
+    assert_eq!(output(&post("command=echo+a%26b&x=y", "").events(), "stdout"), "a&b\n");
     let padding = "x".repeat((64 << 10) - "command=true&".len());
-    assert_eq!(
-        outcome(&post(&format!("command=true&{padding}"), "").events()),
-        "exited:0"
-    );
+    assert_eq!(outcome(&post(&format!("command=true&{padding}"), "").events()), "exited:0");
     assert_eq!(post(&format!("command=true&{padding}x"), "").status, 413);
     assert_eq!(post("", "").status, 400);
     assert_eq!(post("x=y", "").status, 400);
@@ -283,10 +228,7 @@ fn forms() {
     // What is in the content is no form where the query has the command.
     let query =
         "POST /run?command=cat HTTP/1.1\r\nHost: HOST\r\nContent-Length: 12\r\n\r\ncommand=echo";
-    assert_eq!(
-        output(&ask(&server, query).events(), "stdout"),
-        "command=echo"
-    );
+    assert_eq!(output(&ask(&server, query).events(), "stdout"), "command=echo");
 }
 
 #[test]
@@ -294,25 +236,14 @@ fn head_and_options_run_nothing() {
     let folder = Folder::new();
     let server = Server::start(&[]);
     let target = run_target(&format!("touch {}", folder.path("file")));
-    for (target, media_type) in [
-        ("/", "text/html; charset=utf-8"),
-        (&target, "text/event-stream"),
-    ] {
+    for (target, media_type) in [("/", "text/html; charset=utf-8"), (&target, "text/event-stream")]
+    {
         let mut client = server.connect();
-        client.write(format!(
-            "HEAD {target} HTTP/1.1\r\nHost: {}\r\n\r\n",
-            server.address
-        ));
+        client.write(format!("HEAD {target} HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
         let head = client.head();
-        assert_eq!(
-            (head.status, head.field("content-type")),
-            (200, Some(media_type))
-        );
+        assert_eq!((head.status, head.field("content-type")), (200, Some(media_type)));
         // Nothing follows but the next answer.
-        client.write(format!(
-            "GET /none HTTP/1.1\r\nHost: {}\r\n\r\n",
-            server.address
-        ));
+        client.write(format!("GET /none HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
         assert_eq!(client.response().status, 404);
     }
     for (target, allow) in [
@@ -320,29 +251,15 @@ fn head_and_options_run_nothing() {
         (&target, "GET, HEAD, POST, OPTIONS"),
         ("*", "GET, HEAD, POST, OPTIONS"),
     ] {
-        let response = server.send(format!(
-            "OPTIONS {target} HTTP/1.1\r\nHost: {}\r\n\r\n",
-            server.address
-        ));
+        let response =
+            server.send(format!("OPTIONS {target} HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
         assert_eq!(
-            (
-                response.status,
-                response.field("allow"),
-                response.field("content-length")
-            ),
+            (response.status, response.field("allow"), response.field("content-length")),
             (204, Some(allow), None)
         );
-        assert!(
-            !response
-                .fields
-                .iter()
-                .any(|(name, _)| name.starts_with("access-control-"))
-        );
+        assert!(!response.fields.iter().any(|(name, _)| name.starts_with("access-control-")));
     }
-    let response = server.send(format!(
-        "POST / HTTP/1.1\r\nHost: {}\r\n\r\n",
-        server.address
-    ));
+    let response = server.send(format!("POST / HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
     assert_eq!(response.field("allow"), Some("GET, HEAD, OPTIONS"));
     assert!(!folder.0.join("file").exists());
 }
@@ -363,9 +280,7 @@ fn a_connection_stays_open_unless_somebody_closes_it() {
     assert_eq!(output(&client.response().events(), "stdout"), "2");
     assert_eq!(client.response().status, 501);
     assert_eq!(outcome(&client.response().events()), "failed:127");
-    client.write(format!(
-        "GET /run?command=true HTTP/1.1\r\n{host}Connection: x, Close\r\n\r\n"
-    ));
+    client.write(format!("GET /run?command=true HTTP/1.1\r\n{host}Connection: x, Close\r\n\r\n"));
     let last = client.response();
     assert_eq!(
         (outcome(&last.events()).as_str(), last.field("connection")),
@@ -376,10 +291,7 @@ fn a_connection_stays_open_unless_somebody_closes_it() {
     old.write("GET /run?command=echo+old HTTP/1.0\r\nConnection: keep-alive\r\n\r\n");
     let response = old.response();
     assert_eq!(
-        (
-            response.field("transfer-encoding"),
-            response.field("connection")
-        ),
+        (response.field("transfer-encoding"), response.field("connection")),
         (None, Some("close"))
     );
     assert_eq!(output(&response.events(), "stdout"), "old\n");
@@ -395,10 +307,7 @@ fn an_error_in_the_framing_closes() {
         "POST /run?command=cat HTTP/1.1\r\nHost: HOST\r\nContent-Length: x\r\n\r\n",
     ] {
         let mut client = server.connect();
-        client.write(format!(
-            "{request}GET / HTTP/1.1\r\nHost: {}\r\n\r\n",
-            server.address
-        ));
+        client.write(format!("{request}GET / HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
         let response = client.response();
         assert_eq!(response.field("connection"), Some("close"), "{request:?}");
         assert!(client.is_closed(), "{request:?}");
@@ -410,16 +319,10 @@ fn a_head_that_trickles_has_ten_seconds() {
     let server = Server::start(&[]);
     let start = Instant::now();
     let mut client = server.connect();
-    let (mut silent, mut writer) = (
-        server.connect(),
-        client.stream.get_ref().try_clone().unwrap(),
-    );
+    let (mut silent, mut writer) = (server.connect(), client.stream.get_ref().try_clone().unwrap());
     let trickle = std::thread::spawn(move || {
         use std::io::Write;
-        for byte in b"GET / HTTP/1.1\r\nX: "
-            .iter()
-            .chain(std::iter::repeat_n(&b'x', 1000))
-        {
+        for byte in b"GET / HTTP/1.1\r\nX: ".iter().chain(std::iter::repeat_n(&b'x', 1000)) {
             if writer.write_all(&[*byte]).is_err() || start.elapsed() > PATIENCE {
                 return;
             }
@@ -430,11 +333,7 @@ fn a_head_that_trickles_has_ten_seconds() {
     assert_eq!(silent.response().status, 408);
     let took = start.elapsed().as_secs();
     assert!((9..20).contains(&took), "{took} s");
-    client
-        .stream
-        .get_ref()
-        .shutdown(std::net::Shutdown::Both)
-        .unwrap();
+    client.stream.get_ref().shutdown(std::net::Shutdown::Both).unwrap();
     trickle.join().unwrap();
 }
 
@@ -513,10 +412,8 @@ fn content_is_streamed_to_the_command_as_it_comes() {
         server.address
     ));
     assert_eq!(outcome(&client.response().events()), "exited:0");
-    client.write(format!(
-        "GET /run?command=echo+next HTTP/1.1\r\nHost: {}\r\n\r\n",
-        server.address
-    ));
+    client
+        .write(format!("GET /run?command=echo+next HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
     assert_eq!(output(&client.response().events(), "stdout"), "next\n");
 }
 
@@ -530,9 +427,7 @@ fn content_that_the_command_does_not_want_is_passed_over() {
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     let start = Instant::now();
     for _ in 0..80 {
-        stream
-            .write_all("1\r\nx\r\n".repeat(10_000).as_bytes())
-            .unwrap();
+        stream.write_all("1\r\nx\r\n".repeat(10_000).as_bytes()).unwrap();
     }
     assert!(start.elapsed() < PATIENCE);
 }
@@ -546,21 +441,14 @@ fn content_may_pause_for_longer_than_a_head_may_take() {
     std::thread::sleep(Duration::from_millis(11_500));
     client.write("two");
     let events = client.rest();
-    assert_eq!(
-        (output(&events, "stdout"), outcome(&events)),
-        ("two".into(), "exited:0".into())
-    );
+    assert_eq!((output(&events, "stdout"), outcome(&events)), ("two".into(), "exited:0".into()));
 }
 
 #[test]
 fn a_command_that_reads_slowly_slows_its_client() {
     let server = Server::start(&[]);
     let (mut client, pid) = server.begin_post("sleep 1000", "Content-Length: 100000000\r\n\r\n");
-    client
-        .stream
-        .get_ref()
-        .set_write_timeout(Some(Duration::from_millis(300)))
-        .unwrap();
+    client.stream.get_ref().set_write_timeout(Some(Duration::from_millis(300))).unwrap();
     let chunk = vec![b'x'; 1 << 20];
     let mut sent = 0;
     while std::io::Write::write_all(client.stream.get_mut(), &chunk).is_ok() {
@@ -591,11 +479,7 @@ fn content_may_come_after_its_command_has_ended() {
     // Where no request follows, nobody waits for it.
     let start = Instant::now();
     assert!(begin("Connection: close\r\n").is_closed());
-    assert!(
-        start.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        start.elapsed()
-    );
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
 #[test]
@@ -613,10 +497,7 @@ fn content_that_breaks_off_ends_the_command() {
         client.read_until("abc");
         client.half_close();
         let events = client.rest();
-        assert!(
-            events.iter().any(|event| event.event == "err"),
-            "{events:?}"
-        );
+        assert!(events.iter().any(|event| event.event == "err"), "{events:?}");
         outcome(&events);
         assert!(client.is_closed());
     }
@@ -642,31 +523,17 @@ fn mutilated_requests_do_no_harm() {
             let place = random(bytes.len());
             bytes[place] ^= 1 << random(8);
         }
-        bytes.truncate(if round % 4 == 0 {
-            random(bytes.len())
-        } else {
-            bytes.len()
-        });
+        bytes.truncate(if round % 4 == 0 { random(bytes.len()) } else { bytes.len() });
         let mut client = server.connect();
         client.write(&bytes);
         client.half_close();
         let mut answer = Vec::new();
-        client
-            .stream
-            .read_to_end(&mut answer)
-            .unwrap_or_else(|why| panic!("{why}: {bytes:?}"));
+        client.stream.read_to_end(&mut answer).unwrap_or_else(|why| panic!("{why}: {bytes:?}"));
         let begins = answer.starts_with(b"HTTP/1.1 ");
-        assert!(
-            begins || answer.is_empty() && round % 4 == 0,
-            "{bytes:?}: {answer:?}"
-        );
+        assert!(begins || answer.is_empty() && round % 4 == 0, "{bytes:?}: {answer:?}");
     }
     assert_eq!(outcome(&server.run("true")), "exited:0");
     server.comes_to_rest(rest);
     let log = server.log();
-    assert!(
-        log.lines()
-            .all(|line| line.starts_with("20") && line.contains("Z ")),
-        "{log}"
-    );
+    assert!(log.lines().all(|line| line.starts_with("20") && line.contains("Z ")), "{log}");
 }

@@ -26,14 +26,8 @@ fn act(server: &Server, numbers: &mut Numbers) -> usize {
     match numbers.below(9) {
         0 => complete(&server.run("echo short"), "exited:0"),
         1 => complete(&server.run("sh -c 'echo failed >&2; exit 3'"), "exited:3"),
-        2 => complete(
-            &server.run(&format!("seq {}", numbers.below(200_000))),
-            "exited:0",
-        ),
-        3 => complete(
-            &server.run("sh -c 'sleep 100 & echo left; exit 4'"),
-            "exited:4",
-        ),
+        2 => complete(&server.run(&format!("seq {}", numbers.below(200_000))), "exited:0"),
+        3 => complete(&server.run("sh -c 'sleep 100 & echo left; exit 4'"), "exited:4"),
         4 => {
             // Several on one connection, the last one cut off.
             let mut client = server.connect();
@@ -44,9 +38,7 @@ fn act(server: &Server, numbers: &mut Numbers) -> usize {
                 ));
                 complete(&client.response().events(), "exited:0");
             }
-            client.write(format!(
-                "GET /run?command=echo HTTP/1.1\r\nHost: {host}\r\n"
-            ));
+            client.write(format!("GET /run?command=echo HTTP/1.1\r\nHost: {host}\r\n"));
             count as usize
         }
         5 => {
@@ -63,9 +55,8 @@ fn act(server: &Server, numbers: &mut Numbers) -> usize {
             0
         }
         7 => {
-            let content: String = (0..numbers.below(20_000))
-                .map(|each| format!("{each}\n"))
-                .collect();
+            let content: String =
+                (0..numbers.below(20_000)).map(|each| format!("{each}\n")).collect();
             let length = content.len();
             let fields = format!("Host: {host}\r\nContent-Length: {length}\r\n");
             let request = format!("POST /run?command=cat HTTP/1.1\r\n{fields}\r\n{content}");
@@ -129,9 +120,6 @@ fn soak_of_mixed_load() {
     assert!(after <= before + 3 * 1024, "{before} kB, then {after} kB");
     for line in server.log().lines() {
         let happening = line.split(' ').nth(1).unwrap_or_default();
-        assert!(
-            ["listen", "run", "exit", "refuse"].contains(&happening),
-            "{line}"
-        );
+        assert!(["listen", "run", "exit", "refuse"].contains(&happening), "{line}");
     }
 }

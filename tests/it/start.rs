@@ -8,16 +8,12 @@ use std::process::{Command, Stdio};
 
 /// What the program says and its exit status, where it does not serve.
 fn refused(options: &[&str], variable: Option<&str>) -> (i32, String, String) {
-    let mut command = Command::new(BINARY);
+    let mut command = binary();
     command.args(options).stdin(Stdio::null());
     variable.map(|token| command.env("SSECOMMANDER_TOKEN", token));
     let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        output.status.code().unwrap(),
-        text(output.stdout),
-        text(output.stderr),
-    )
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
 }
 
 #[test]
@@ -97,7 +93,7 @@ fn help_and_version_go_to_stdout() {
 #[test]
 fn listens_where_it_is_told() {
     for listen in ["0", "127.0.0.1:0", "[::1]:0", "127.3.2.1:0"] {
-        let mut command = Command::new(BINARY);
+        let mut command = binary();
         command.arg(format!("--listen={listen}"));
         let server = Server::start_command(command);
         assert!(!server.address.ends_with(":0"));
@@ -110,12 +106,7 @@ fn closed_streams_do_not_stop_it() {
     let mut command = Command::new("sh");
     let folder = Folder::new();
     let socket = folder.path("socket");
-    command.args([
-        "-c",
-        "exec \"$0\" --listen \"unix:$1\" >&- 2>&-",
-        BINARY,
-        &socket,
-    ]);
+    command.args(["-c", "exec \"$0\" --listen \"unix:$1\" >&- 2>&-", BINARY, &socket]);
     let mut process = command.spawn().unwrap();
     wait_for("the socket", || UnixStream::connect(&socket).is_ok());
     for _ in 0..3 {
@@ -147,7 +138,7 @@ fn unix_request(socket: &str, request: &str) -> String {
 }
 
 fn start_on_socket(socket: &str, options: &[&str]) -> Server {
-    let mut command = Command::new(BINARY);
+    let mut command = binary();
     command.args(["--listen", &format!("unix:{socket}")]);
     command.args(options);
     Server::start_command(command)
@@ -159,10 +150,7 @@ fn a_unix_socket_is_the_owner_s_alone_and_goes_with_the_server() {
     let socket = folder.path("socket");
     let mut server = start_on_socket(&socket, &[]);
     assert_eq!(server.address, socket);
-    assert_eq!(
-        std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
-        0o600
-    );
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     let request =
         "GET /run?command=echo+hi HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
     assert!(unix_request(&socket, request).contains("\"out\":\"hi\\n\""));
@@ -184,19 +172,9 @@ fn a_hang_up_on_a_unix_socket_kills() {
     let socket = folder.path("socket");
     let server = start_on_socket(&socket, &[]);
     let mut stream = UnixStream::connect(&socket).unwrap();
-    stream
-        .write_all(b"GET /run?command=sleep+1000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        .unwrap();
+    stream.write_all(b"GET /run?command=sleep+1000 HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let line = server.logged(&["run peer=unix"]);
-    let pid = line
-        .split("pid=")
-        .nth(1)
-        .unwrap()
-        .split(' ')
-        .next()
-        .unwrap()
-        .parse()
-        .unwrap();
+    let pid = line.split("pid=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     drop(stream);
     is_gone(pid);
     server.logged(&["exit peer=unix", "out=gone"]);
@@ -209,9 +187,7 @@ fn a_stall_on_a_unix_socket_kills() {
     let socket = folder.path("socket");
     let server = start_on_socket(&socket, &["--stall", "1"]);
     let mut stream = UnixStream::connect(&socket).unwrap();
-    stream
-        .write_all(b"GET /run?command=yes HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        .unwrap();
+    stream.write_all(b"GET /run?command=yes HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     server.logged(&["exit peer=unix", "out=stalled"]);
     assert!(server.children().is_empty());
 }

@@ -9,24 +9,10 @@ fn limited(folder: &Folder, user: &str, limit: &str) -> Server {
     let binary = folder.path("ssecommander");
     std::fs::copy(BINARY, &binary).unwrap();
     for path in [folder.path(""), binary.clone()] {
-        assert!(
-            Command::new("chmod")
-                .args(["755", &path])
-                .status()
-                .unwrap()
-                .success()
-        );
+        assert!(Command::new("chmod").args(["755", &path]).status().unwrap().success());
     }
     let mut command = Command::new("prlimit");
-    command.args([
-        limit,
-        "setpriv",
-        "--reuid",
-        user,
-        "--regid",
-        user,
-        "--clear-groups",
-    ]);
+    command.args([limit, "setpriv", "--reuid", user, "--regid", user, "--clear-groups"]);
     command.args([&binary, "--listen", "127.0.0.1:0", "--grace", "0.5"]);
     command.current_dir("/");
     Server::start_command(command)

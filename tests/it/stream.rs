@@ -7,10 +7,8 @@ use std::time::{Duration, Instant};
 fn the_head_and_start_come_at_once() {
     let server = Server::start(&[]);
     let mut client = server.connect();
-    client.write(format!(
-        "GET /run?command=sleep+1000 HTTP/1.1\r\nHost: {}\r\n\r\n",
-        server.address
-    ));
+    client
+        .write(format!("GET /run?command=sleep+1000 HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
     let head = client.head();
     let expected = [
         ("content-type", "text/event-stream"),
@@ -34,19 +32,14 @@ fn ids_count_without_a_gap() {
         .run("sh -c 'echo a; echo b >&2; printf \"\\303\"; sleep 0.1; printf \"\\251\"; exit 3'");
     for (index, event) in events.iter().enumerate() {
         let (millis, number) = event.id.split_once('-').unwrap();
-        let now = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_millis();
+        let now =
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
         assert!(now - millis.parse::<u128>().unwrap() < 60_000);
         assert_eq!(number, (index + 1).to_string());
     }
     let exit = events.last().unwrap();
     assert_eq!(
-        (
-            output(&events, "stdout").as_str(),
-            output(&events, "stderr").as_str()
-        ),
+        (output(&events, "stdout").as_str(), output(&events, "stderr").as_str()),
         ("a\né", "b\n")
     );
     assert_eq!(
@@ -69,17 +62,11 @@ fn ids_count_without_a_gap() {
 #[test]
 fn characters_split_between_reads_arrive_whole() {
     let server = Server::start(&[]);
-    let bytes = "é€😀"
-        .bytes()
-        .map(|byte| format!("printf '\\{byte:o}'; sleep 0.02;"))
-        .collect::<String>();
+    let bytes =
+        "é€😀".bytes().map(|byte| format!("printf '\\{byte:o}'; sleep 0.02;")).collect::<String>();
     for redirection in ["", " >&2"] {
         let events = server.run(&format!("sh -c \"{{ {bytes} }}{redirection}\""));
-        let source = if redirection.is_empty() {
-            "stdout"
-        } else {
-            "stderr"
-        };
+        let source = if redirection.is_empty() { "stdout" } else { "stderr" };
         assert_eq!(output(&events, source), "é€😀", "{events:?}");
         assert_eq!(events.len(), 5, "{events:?}");
     }
@@ -107,9 +94,7 @@ fn large_output_arrives_whole() {
     let server = Server::start(&[]);
     let events = server.run("sh -c 'seq 1 200000 & seq 200001 300000 >&2; wait'");
     let lines = |range: std::ops::RangeInclusive<u32>| {
-        range
-            .map(|number| format!("{number}\n"))
-            .collect::<String>()
+        range.map(|number| format!("{number}\n")).collect::<String>()
     };
     let (stdout, stderr) = (lines(1..=200_000), lines(200_001..=300_000));
     assert!(output(&events, "stdout") == stdout && output(&events, "stderr") == stderr);
@@ -134,13 +119,7 @@ fn how_commands_end() {
     let no_interpreter = folder.write("no_interpreter", "#!/no/such/interpreter\n");
     let no_script = folder.write("no_script", "echo hi\n");
     for file in [&no_interpreter, &no_script] {
-        assert!(
-            std::process::Command::new("chmod")
-                .args(["+x", file])
-                .status()
-                .unwrap()
-                .success()
-        );
+        assert!(std::process::Command::new("chmod").args(["+x", file]).status().unwrap().success());
     }
     let server = Server::start(&[]);
     let long = "x".repeat(5000);
@@ -165,11 +144,7 @@ fn how_commands_end() {
         let kinds: Vec<_> = events.iter().map(|event| event.event.as_str()).collect();
         assert_eq!(
             kinds,
-            if expected.starts_with("failed") {
-                ["err", "exit"]
-            } else {
-                ["start", "exit"]
-            }
+            if expected.starts_with("failed") { ["err", "exit"] } else { ["start", "exit"] }
         );
     }
 }
@@ -194,10 +169,7 @@ fn a_timeout_is_told() {
     let last_word =
         server.run("sh -c 'trap \"echo bye; exit 7\" TERM; while :; do sleep 0.05; done'");
     assert_eq!(
-        (
-            output(&last_word, "stdout").as_str(),
-            outcome(&last_word).as_str()
-        ),
+        (output(&last_word, "stdout").as_str(), outcome(&last_word).as_str()),
         ("bye\n", "timeout:7")
     );
     assert_eq!(outcome(&server.run("true")), "exited:0");
@@ -210,11 +182,7 @@ fn silence_is_broken_by_a_comment() {
     for _ in 0..3 {
         let start = Instant::now();
         assert_eq!(client.chunk().unwrap(), b":\n");
-        assert!(
-            start.elapsed() >= Duration::from_millis(200),
-            "{:?}",
-            start.elapsed()
-        );
+        assert!(start.elapsed() >= Duration::from_millis(200), "{:?}", start.elapsed());
     }
     let plain = server.get("/run?command=sleep+1", "Accept: text/plain\r\n");
     assert_eq!(plain.text(), "");
@@ -229,10 +197,7 @@ fn a_reconnect_runs_nothing() {
     assert_eq!((response.status, response.content.len()), (204, 0));
     assert_eq!(response.field("content-length"), None);
     assert!(!folder.0.join("file").exists());
-    assert_eq!(
-        outcome(&server.run(&format!("touch {}", folder.path("file")))),
-        "exited:0"
-    );
+    assert_eq!(outcome(&server.run(&format!("touch {}", folder.path("file")))), "exited:0");
     assert!(folder.0.join("file").exists());
 }
 
@@ -248,25 +213,16 @@ fn plain_text_is_the_output_and_a_trailer() {
         (200, Some("text/plain; charset=utf-8"))
     );
     assert_eq!(response.field("trailer"), Some("Exit-Code, Exit-Signal"));
-    assert_eq!(
-        response.trailers,
-        [("exit-code".to_string(), "4".to_string())]
-    );
+    assert_eq!(response.trailers, [("exit-code".to_string(), "4".to_string())]);
     assert_eq!(
         plain("sh -c 'kill -TERM $$'").trailers,
         [("exit-signal".to_string(), "15".to_string())]
     );
-    assert_eq!(
-        (plain("nonesuch").status, plain("/etc/passwd").status),
-        (404, 403)
-    );
+    assert_eq!((plain("nonesuch").status, plain("/etc/passwd").status), (404, 403));
     let bytes: Vec<u8> = plain("seq 1 100000").content;
     assert_eq!(
         bytes,
-        (1..=100_000)
-            .map(|number| format!("{number}\n"))
-            .collect::<String>()
-            .into_bytes()
+        (1..=100_000).map(|number| format!("{number}\n")).collect::<String>().into_bytes()
     );
     let old = server.send("GET /run?command=echo+x HTTP/1.0\r\nAccept: text/plain\r\n\r\n");
     assert_eq!((old.text(), old.field("trailer")), ("x\n", None));
@@ -288,11 +244,7 @@ fn accept_is_compared_by_media_type() {
         ("text/event-stream;q=0.1\r\nAccept: text/plain", false),
     ] {
         let response = server.get("/run?command=true", &format!("Accept: {accept}\r\n"));
-        let expected = if plain {
-            "text/plain; charset=utf-8"
-        } else {
-            "text/event-stream"
-        };
+        let expected = if plain { "text/plain; charset=utf-8" } else { "text/event-stream" };
         assert_eq!(response.field("content-type"), Some(expected), "{accept}");
     }
 }
@@ -302,27 +254,14 @@ fn ureq_reads_a_stream() {
     let server = Server::start(&[]);
     let url = format!("http://{}/run?command=echo+hi", server.address);
     let mut response = ureq::get(&url).call().unwrap();
-    assert_eq!(
-        response.headers().get("content-type").unwrap(),
-        "text/event-stream"
-    );
+    assert_eq!(response.headers().get("content-type").unwrap(), "text/event-stream");
     let events = parse_events(response.body_mut().read_to_string().unwrap().as_bytes());
     assert_eq!(
-        (
-            output(&events, "stdout").as_str(),
-            outcome(&events).as_str()
-        ),
+        (output(&events, "stdout").as_str(), outcome(&events).as_str()),
         ("hi\n", "exited:0")
     );
     let content: String = (0..50_000).map(|number| format!("{number}\n")).collect();
     let post = ureq::post(format!("http://{}/run?command=cat", server.address))
         .header("Accept", "text/plain");
-    assert_eq!(
-        post.send(content.as_str())
-            .unwrap()
-            .body_mut()
-            .read_to_string()
-            .unwrap(),
-        content
-    );
+    assert_eq!(post.send(content.as_str()).unwrap().body_mut().read_to_string().unwrap(), content);
 }

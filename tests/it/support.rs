@@ -6,34 +6,46 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-pub const BINARY: &str = env!("CARGO_BIN_EXE_ssecommander");
+const BUILT: &str = env!("CARGO_BIN_EXE_ssecommander");
 /// Longer than anything here takes on a machine that is busy with other things.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The program under test: the one that cargo built, or what the variable names, such as `qemu-arm-static PATH`.
+pub fn program() -> Vec<String> {
+    let named = std::env::var("SSECOMMANDER_UNDER_TEST").unwrap_or(BUILT.to_string());
+    named.split(' ').map(str::to_string).collect()
+}
+
+/// The program under test, still without options.
+pub fn binary() -> Command {
+    let words = program();
+    let mut command = Command::new(&words[0]);
+    command.args(&words[1..]);
+    command
+}
+
 pub struct Server {
+    /// What was started: the supervisor.
     pub process: Child,
-    /// `127.0.0.1:PORT`, or the path of a Unix socket.
+    /// The server, its child.
+    pub pid: u32,
+    /// `127.0.0.1:PORT`
     pub address: String,
     log: Arc<Mutex<String>>,
 }
 
 impl Server {
     pub fn start(options: &[&str]) -> Server {
-        let mut command = Command::new(BINARY);
+        let mut command = binary();
         command.args(["--listen", "127.0.0.1:0"]).args(options);
         Server::start_command(command)
     }
 
     pub fn start_command(mut command: Command) -> Server {
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = command.spawn().unwrap();
         let mut line = String::new();
-        BufReader::new(process.stdout.take().unwrap())
-            .read_line(&mut line)
-            .unwrap();
+        BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let log = Arc::new(Mutex::new(String::new()));
         let (stderr, sink) = (process.stderr.take().unwrap(), log.clone());
         std::thread::spawn(move || {
@@ -43,14 +55,9 @@ impl Server {
         });
         let address = line.trim_end().strip_prefix("ssecommander listening on ");
         let address = address.unwrap_or_else(|| panic!("{line:?}, {}", log.lock().unwrap()));
-        let address = address
-            .trim_start_matches("http://")
-            .trim_start_matches("unix:");
-        Server {
-            process,
-            address: address.to_string(),
-            log,
-        }
+        let address = address.trim_start_matches("http://");
+        let pid = children_of(process.id())[0];
+        Server { process, pid, address: address.to_string(), log }
     }
 
     pub fn log(&self) -> String {
@@ -62,9 +69,7 @@ impl Server {
         let mut found = String::new();
         wait_for(&format!("a log line with {parts:?}"), || {
             let log = self.log();
-            let line = log
-                .lines()
-                .find(|line| parts.iter().all(|part| line.contains(part)));
+            let line = log.lines().find(|line| parts.iter().all(|part| line.contains(part)));
             found = line.unwrap_or_default().to_string();
             !found.is_empty()
         });
@@ -76,17 +81,12 @@ impl Server {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
         stream.set_nodelay(true).unwrap();
-        Client {
-            stream: BufReader::new(stream),
-        }
+        Client { stream: BufReader::new(stream) }
     }
 
     /// A GET on a connection of its own.
     pub fn get(&self, target: &str, fields: &str) -> Response {
-        self.send(format!(
-            "GET {target} HTTP/1.1\r\nHost: {}\r\n{fields}\r\n",
-            self.address
-        ))
+        self.send(format!("GET {target} HTTP/1.1\r\nHost: {}\r\n{fields}\r\n", self.address))
     }
 
     /// Whatever `request` is, on a connection of its own.
@@ -114,9 +114,7 @@ impl Server {
     fn begin_by(&self, method: &str, command: &str, rest: &str) -> (Client, u32) {
         let (mut client, target) = (self.connect(), run_target(command));
         let host = &self.address;
-        client.write(format!(
-            "{method} {target} HTTP/1.1\r\nHost: {host}\r\n{rest}"
-        ));
+        client.write(format!("{method} {target} HTTP/1.1\r\nHost: {host}\r\n{rest}"));
         let pid = client.started();
         (client, pid)
     }
@@ -137,7 +135,8 @@ impl Server {
     /// How many threads and descriptors the server has while it does nothing.
     pub fn at_rest(&self) -> (usize, usize) {
         assert_eq!(self.get("/none", "Connection: close\r\n").status, 404);
-        wait_for("the connection's thread to end", || self.threads() == 1);
+        // What accepts, and what writes the log.
+        wait_for("the connection's thread to end", || self.threads() == 2);
         (self.threads(), self.descriptors())
     }
 
@@ -150,39 +149,28 @@ impl Server {
     }
 
     fn count(&self, folder: &str) -> usize {
-        let folder = format!("/proc/{}/{folder}", self.process.id());
+        let folder = format!("/proc/{}/{folder}", self.pid);
         std::fs::read_dir(folder).unwrap().count()
     }
 
     /// Processor time of the server so far, in clock ticks.
     pub fn processor_time(&self) -> u64 {
-        let ticks = |field| {
-            stat_field(self.process.id(), field)
-                .unwrap()
-                .parse::<u64>()
-                .unwrap()
-        };
+        let ticks = |field| stat_field(self.pid, field).unwrap().parse::<u64>().unwrap();
         ticks(11) + ticks(12)
     }
 
     /// Resident memory in kB.
     pub fn memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()));
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid));
         let status = status.unwrap();
         let mut lines = status.lines();
         let line = lines.find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
-    /// The processes whose parent is the server.
+    /// The commands: the processes whose parent is the server.
     pub fn children(&self) -> Vec<u32> {
-        let parent = self.process.id().to_string();
-        let processes = std::fs::read_dir("/proc")
-            .unwrap()
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
-        processes
-            .filter(|&pid| stat_field(pid, 1).as_deref() == Some(&parent))
-            .collect()
+        children_of(self.pid)
     }
 
     /// Waits until the server is as it was after its start: no command, no thread, no descriptor more.
@@ -196,17 +184,17 @@ impl Server {
 }
 
 impl Drop for Server {
-    /// Ends the server in its own way, since only that ends its commands; the second signal makes it quick.
+    /// Ends the server in its own way; a second signal, which counts as one only after a while, makes it quick.
     fn drop(&mut self) {
-        for _ in 0..2 {
+        for patience in [300, 3000] {
             let _ = Command::new("kill")
                 .arg(self.process.id().to_string())
                 .stderr(Stdio::null())
                 .status();
-        }
-        let deadline = Instant::now() + Duration::from_secs(3);
-        while Instant::now() < deadline && matches!(self.process.try_wait(), Ok(None)) {
-            std::thread::sleep(Duration::from_millis(2));
+            let deadline = Instant::now() + Duration::from_millis(patience);
+            while Instant::now() < deadline && matches!(self.process.try_wait(), Ok(None)) {
+                std::thread::sleep(Duration::from_millis(2));
+            }
         }
         let _ = self.process.kill();
         let _ = self.process.wait();
@@ -237,9 +225,7 @@ pub struct Event {
 
 impl Client {
     pub fn of(stream: TcpStream) -> Client {
-        Client {
-            stream: BufReader::new(stream),
-        }
+        Client { stream: BufReader::new(stream) }
     }
 
     pub fn write(&mut self, bytes: impl AsRef<[u8]>) {
@@ -261,10 +247,7 @@ impl Client {
         let mut fields = Vec::new();
         loop {
             let line = self.line();
-            assert!(
-                line.ends_with("\r\n"),
-                "a field line that breaks off: {line:?}"
-            );
+            assert!(line.ends_with("\r\n"), "a field line that breaks off: {line:?}");
             let Some((name, value)) = line.trim_end().split_once(": ") else {
                 assert_eq!(line, "\r\n");
                 return fields;
@@ -350,9 +333,7 @@ impl Client {
         let (mut content, start) = (String::new(), Instant::now());
         while !content.contains(text) {
             assert!(start.elapsed() < PATIENCE, "no {text:?} in {content:?}");
-            let chunk = self
-                .chunk()
-                .unwrap_or_else(|| panic!("cut off after {content:?}"));
+            let chunk = self.chunk().unwrap_or_else(|| panic!("cut off after {content:?}"));
             assert!(!chunk.is_empty(), "ended after {content:?}");
             content.push_str(&String::from_utf8(chunk).unwrap());
         }
@@ -383,11 +364,8 @@ impl Client {
 
 impl Response {
     pub fn field(&self, name: &str) -> Option<&str> {
-        let mut values = self
-            .fields
-            .iter()
-            .filter(|field| field.0 == name)
-            .map(|field| field.1.as_str());
+        let mut values =
+            self.fields.iter().filter(|field| field.0 == name).map(|field| field.1.as_str());
         let value = values.next();
         assert!(values.next().is_none(), "{name} twice");
         value
@@ -412,13 +390,9 @@ impl Event {
             .split_once(&format!("\"{name}\":"))
             .unwrap_or_else(|| panic!("no {name} in {self:?}"));
         let end = rest.find([',', '}']).unwrap();
-        rest[..end].parse().unwrap_or_else(|_| {
-            if &rest[..end] == "null" {
-                -1
-            } else {
-                panic!("{rest}")
-            }
-        })
+        rest[..end]
+            .parse()
+            .unwrap_or_else(|_| if &rest[..end] == "null" { -1 } else { panic!("{rest}") })
     }
 
     /// The text of the data, where it has no escapes but line ends.
@@ -436,44 +410,26 @@ impl Event {
 /// The events of a stream. Comments are skipped; everything else has to be in the form that the contract shows.
 pub fn parse_events(stream: &[u8]) -> Vec<Event> {
     let text = std::str::from_utf8(stream).unwrap();
-    let text: String = text
-        .split_inclusive('\n')
-        .filter(|line| *line != ":\n")
-        .collect();
+    let text: String = text.split_inclusive('\n').filter(|line| *line != ":\n").collect();
     let blocks = text.split_terminator("\n\n").map(|block| {
         let lines: Vec<&str> = block.split('\n').collect();
-        let [id, event, data] = lines[..] else {
-            panic!("{block:?}")
-        };
+        let [id, event, data] = lines[..] else { panic!("{block:?}") };
         let value = |line: &str, name| {
-            line.strip_prefix(name)
-                .unwrap_or_else(|| panic!("{block:?}"))
-                .to_string()
+            line.strip_prefix(name).unwrap_or_else(|| panic!("{block:?}")).to_string()
         };
-        Event {
-            id: value(id, "id: "),
-            event: value(event, "event: "),
-            data: value(data, "data: "),
-        }
+        Event { id: value(id, "id: "), event: value(event, "event: "), data: value(data, "data: ") }
     });
     blocks.collect()
 }
 
 /// All that came from one source.
 pub fn output(events: &[Event], source: &str) -> String {
-    events
-        .iter()
-        .filter(|event| event.event == source)
-        .map(Event::out)
-        .collect()
+    events.iter().filter(|event| event.event == source).map(Event::out).collect()
 }
 
 /// `word:number` of the exit event: `exited:0`, `killed:9`.
 pub fn outcome(events: &[Event]) -> String {
-    let exits: Vec<_> = events
-        .iter()
-        .filter(|event| event.event == "exit")
-        .collect();
+    let exits: Vec<_> = events.iter().filter(|event| event.event == "exit").collect();
     assert_eq!(exits.len(), 1, "{events:?}");
     assert_eq!(events.last(), Some(exits[0]));
     let (code, signal) = (exits[0].number("code"), exits[0].number("signal"));
@@ -506,11 +462,16 @@ pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 /// The fields of /proc/PID/stat after the name, which is free text: 0 is the state, 1 the parent, 2 the group.
 pub fn stat_field(pid: u32, field: usize) -> Option<String> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?
-        .1
-        .split(' ')
-        .nth(field)
-        .map(str::to_string)
+    stat.rsplit_once(") ")?.1.split(' ').nth(field).map(str::to_string)
+}
+
+/// The processes whose parent is `parent`.
+pub fn children_of(parent: u32) -> Vec<u32> {
+    let parent = parent.to_string();
+    let processes = std::fs::read_dir("/proc")
+        .unwrap()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.parse().ok());
+    processes.filter(|&pid| stat_field(pid, 1).as_deref() == Some(&parent)).collect()
 }
 
 /// Whether a process is there and is no zombie.
@@ -523,10 +484,7 @@ pub fn is_gone(pid: u32) {
 }
 
 pub fn signal_process(pid: u32, signal: &str) {
-    let status = Command::new("kill")
-        .args(["-s", signal, &pid.to_string()])
-        .status()
-        .unwrap();
+    let status = Command::new("kill").args(["-s", signal, &pid.to_string()]).status().unwrap();
     assert!(status.success());
 }
 

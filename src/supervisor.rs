@@ -1,0 +1,68 @@
+//! Two processes: what was started stays as the supervisor, and its child is the server.
+//!
+//! The supervisor waits, hands signals on and reaps. It holds no socket and no lock, so nothing keeps it
+//! from its last duty: when the server has ended, however that came about, to kill what the server's
+//! commands have left. The server leads a session of its own, to which everything belongs that commands
+//! start without setsid(2), and by whose number all of it is found; no table has to be kept of what runs.
+
+use crate::{processes, sys};
+use std::time::{Duration, Instant};
+use std::{io, os::unix::process::ExitStatusExt, process::ExitStatus, thread};
+
+/// How long what is left is being killed. More than one round is needed for what was just forking.
+const KILL_TIME: Duration = Duration::from_secs(1);
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Splits the program in two. In the server it returns `None`, at once. In the supervisor it returns when
+/// the server has ended, and all it left was killed: the exit status to end with.
+/// Call it before any thread is started.
+pub fn split() -> io::Result<Option<u8>> {
+    let supervisor = std::process::id();
+    sys::take_signals();
+    match sys::fork_server()? {
+        Some(server) => supervise(server).map(Some),
+        None => {
+            sys::leave_parent(supervisor);
+            Ok(None)
+        }
+    }
+}
+
+fn supervise(server: u32) -> io::Result<u8> {
+    loop {
+        let exited = sys::wait_any_noreap()?;
+        if exited == server {
+            break;
+        }
+        // As process 1 of a container it is the parent of all whose own parent has ended.
+        sys::reap(exited)?;
+    }
+    // The server is a zombie until it is reaped, so no other session can have got its number.
+    kill_session(server);
+    Ok(exit_status(sys::reap(server)?))
+}
+
+/// Kills what is left of the session, until nothing is but zombies and what may not be signalled.
+fn kill_session(session: u32) {
+    let begun = Instant::now();
+    while begun.elapsed() < KILL_TIME {
+        let mut is_any_hit = false;
+        for process in processes::all() {
+            if process.session == session && !process.is_zombie {
+                is_any_hit |= sys::send(process.pid, sys::SIGKILL);
+            }
+        }
+        if !is_any_hit {
+            return;
+        }
+        thread::sleep(PAUSE);
+    }
+}
+
+/// As a shell has it: 128 + N where signal N ended the server (XCU 2.8.2).
+fn exit_status(status: ExitStatus) -> u8 {
+    match status.code() {
+        Some(code) => code as u8,
+        None => 128 + status.signal().unwrap_or(0) as u8,
+    }
+}
