@@ -4,14 +4,12 @@
 //! have gone to somebody else: drain, signal, reap.
 
 use crate::processes::{self, Process};
-use crate::refusal::Refusal;
+use crate::refusal::{Refusal, shown, words_of};
 use crate::sys;
+use std::os::fd::OwnedFd;
 use std::os::unix::{ffi::OsStrExt, process::CommandExt};
-use std::process::{self, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{self, Command, ExitStatus, Stdio};
 use std::{ffi::OsStr, fs::File, io, thread};
-
-/// Of the thread that waits for what could not be killed.
-const STACK: usize = 64 << 10;
 
 /// A started command. It is killed with its group, and reaped, on every way out.
 pub struct Child {
@@ -22,38 +20,35 @@ pub struct Child {
     strays: Vec<Process>,
 }
 
-/// The server's ends of a command's pipes.
+/// The server's ends of a command's pipes, which do not block.
 pub struct Pipes {
-    pub stdin: Option<ChildStdin>,
-    pub stdout: ChildStdout,
-    pub stderr: ChildStderr,
+    /// Where the command is fed.
+    pub stdin: Option<File>,
+    /// By `output::SOURCES`.
+    pub outputs: [File; 2],
 }
 
 impl Child {
-    /// Starts a command in a process group of its own. `is_fed` gives it a pipe as standard input.
+    /// Starts a command, of at least one word, in a process group of its own.
     pub fn start(words: &[Vec<u8>], is_fed: bool) -> Result<(Child, Pipes), Refusal> {
-        let (program, arguments) = words.split_first().expect("a command line has a word");
-        let mut command = Command::new(OsStr::from_bytes(program));
-        for argument in arguments {
-            command.arg(OsStr::from_bytes(argument));
-        }
+        let words: Vec<&OsStr> = words.iter().map(|word| OsStr::from_bytes(word)).collect();
         // With these alone std starts it by posix_spawn(3): a fork of the whole server costs two to three
         // times as much, and execvp(3) hands a file that the kernel cannot execute to a shell.
-        command.process_group(0).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).process_group(0);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         command.stdin(if is_fed { Stdio::piped() } else { no_input() });
         let spawned = command.spawn();
-        let mut process = spawned.map_err(|error| why_not_started(&error, program))?;
+        let mut process = spawned.map_err(|error| why_not_started(&error, words[0]))?;
         let stdin = process.stdin.take().filter(|_| is_fed);
         let stdout = process.stdout.take().expect("stdout is a pipe");
         let stderr = process.stderr.take().expect("stderr is a pipe");
-        sys::set_nonblocking(&stdout);
-        sys::set_nonblocking(&stderr);
-        if let Some(stdin) = &stdin {
-            sys::set_nonblocking(stdin);
-        }
-        let child = Child { pid: process.id(), process, is_reaped: false, strays: Vec::new() };
-        let pipes = Pipes { stdin, stdout, stderr };
-        Ok((child, pipes))
+        let pipes = Pipes {
+            stdin: stdin.map(|stdin| nonblocking(stdin.into())),
+            outputs: [nonblocking(stdout.into()), nonblocking(stderr.into())],
+        };
+        let (pid, strays) = (process.id(), Vec::new());
+        Ok((Child { pid, process, is_reaped: false, strays }, pipes))
     }
 
     /// Whether the leader has exited.
@@ -62,21 +57,21 @@ impl Child {
         sys::has_exited_noreap(self.pid).unwrap_or(true)
     }
 
-    /// Asks the command to end, and all that it started: its group, and one by one what is outside of it.
-    /// Only its own group is ever signalled as a group, since another one could hold anybody.
-    pub fn terminate(&mut self) {
-        // Found first: what has lost its parent to the signal is nobody's descendant any more.
-        self.find_strays();
-        // One that is stopped would not notice before SIGCONT.
-        for signal in [sys::SIGTERM, sys::SIGCONT] {
-            self.signal(signal);
+    /// Sends a signal to the command and to all that it started: to its group, and one by one to what is
+    /// outside of it, now or when it was looked for before. Only its own group is ever signalled as a group,
+    /// since another one could hold anybody. What has left the session is left alone.
+    pub fn signal(&mut self, signal: i32) {
+        // Found first: what loses its parent to the signal is nobody's descendant any more.
+        let family = processes::family(&processes::recent(), self.pid, &self.strays);
+        self.strays = family;
+        self.strays.retain(|process| process.group != self.pid);
+        for signal in [signal, sys::SIGCONT] {
+            // One that is stopped would not notice before SIGCONT.
+            sys::send_group(self.pid, signal);
+            for stray in &self.strays {
+                sys::send(stray.pid, signal);
+            }
         }
-    }
-
-    /// Kills the command, what it started, and what was found when it was asked to end.
-    pub fn kill(&mut self) {
-        self.find_strays();
-        self.signal(sys::SIGKILL);
     }
 
     /// Kills what is left of the group.
@@ -86,14 +81,11 @@ impl Child {
 
     /// Whether nothing is left alive of the group, and of what was found outside of it.
     pub fn is_alone(&self) -> bool {
-        let processes = processes::recent();
-        let is_stray = |process: &Process| {
-            let is_same =
-                |stray: &Process| stray.pid == process.pid && stray.start == process.start;
-            self.strays.iter().any(is_same)
+        let is_left = |process: &Process| {
+            let is_stray = self.strays.iter().any(|stray| stray.is_same(process));
+            !process.is_zombie && (process.group == self.pid || is_stray)
         };
-        let is_left = |process: &Process| process.group == self.pid || is_stray(process);
-        !processes.iter().any(|process| is_left(process) && !process.is_zombie)
+        !processes::recent().iter().any(is_left)
     }
 
     /// Kills what is left of the group, and reaps the leader; fails where its status cannot be had.
@@ -107,23 +99,7 @@ impl Child {
     /// server ends.
     pub fn abandon(mut self) {
         self.is_reaped = true;
-        let builder = thread::Builder::new().stack_size(STACK);
-        let _ = builder.spawn(move || self.process.wait());
-    }
-
-    fn find_strays(&mut self) {
-        // The server leads the session that it and all commands belong to.
-        let session = process::id();
-        let family = processes::family(&processes::recent(), session, self.pid, &self.strays);
-        self.strays = family;
-        self.strays.retain(|process| process.group != self.pid);
-    }
-
-    fn signal(&self, signal: i32) {
-        sys::send_group(self.pid, signal);
-        for stray in &self.strays {
-            sys::send(stray.pid, signal);
-        }
+        let _ = thread::Builder::new().spawn(move || self.process.wait());
     }
 }
 
@@ -131,7 +107,7 @@ impl Drop for Child {
     /// The way out of a run that was never begun, or that panicked.
     fn drop(&mut self) {
         if !self.is_reaped {
-            self.kill();
+            self.signal(sys::SIGKILL);
             let _ = self.process.wait();
         }
     }
@@ -140,13 +116,18 @@ impl Drop for Child {
 /// A standard input that is at its end.
 fn no_input() -> Stdio {
     match File::open("/dev/null") {
-        Ok(null) => Stdio::from(null),
+        Ok(null) => null.into(),
         // An empty root has no such file; a pipe that nobody writes to reads the same.
         Err(_) => Stdio::piped(),
     }
 }
 
-fn why_not_started(error: &io::Error, program: &[u8]) -> Refusal {
+fn nonblocking(pipe: OwnedFd) -> File {
+    sys::set_nonblocking(&pipe);
+    pipe.into()
+}
+
+fn why_not_started(error: &io::Error, program: &OsStr) -> Refusal {
     // errno(3)
     const ENOENT: i32 = 2;
     const ENOEXEC: i32 = 8;
@@ -156,22 +137,13 @@ fn why_not_started(error: &io::Error, program: &[u8]) -> Refusal {
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENAMETOOLONG: i32 = 36;
-    let program = program.to_vec();
-    match error.raw_os_error() {
-        Some(EAGAIN) => Refusal::Busy("process"),
-        Some(ENOMEM) => Refusal::Busy("memory"),
-        Some(ENFILE | EMFILE) => Refusal::Busy("descriptor"),
+    let program = shown(program.as_bytes());
+    match error.raw_os_error().unwrap_or(0) {
+        EAGAIN | ENOMEM => Refusal::Busy("process"),
+        ENFILE | EMFILE => Refusal::Busy("descriptor"),
         // What the search along PATH says where it finds nothing.
-        Some(ENOENT | ENOTDIR | ENAMETOOLONG) => Refusal::NoProgram(program),
-        Some(ENOEXEC) => {
-            let why = "neither a program for this processor, nor a script that begins with #!";
-            Refusal::CannotRun(program, why.to_string())
-        }
-        _ => {
-            // Without the number that std puts behind the system's words.
-            let text = error.to_string();
-            let (words, _) = text.split_once(" (os error").unwrap_or((&text, ""));
-            Refusal::CannotRun(program, words.to_string())
-        }
+        ENOENT | ENOTDIR | ENAMETOOLONG => Refusal::NoProgram(program),
+        ENOEXEC => Refusal::CannotRun(program, "a script begins with #!".to_string()),
+        _ => Refusal::CannotRun(program, words_of(error)),
     }
 }

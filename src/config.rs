@@ -1,6 +1,8 @@
 //! The command line, as what each room below is told.
 
-use crate::{policy::Allowed, policy::Rules, run::Limits};
+use crate::policy::{Allowed, Rules};
+use crate::refusal::{shown, words_of};
+use crate::{response::USAGE, run::Limits};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::{ffi::OsString, fs, time::Duration};
 
@@ -25,9 +27,10 @@ pub struct Exit(pub u8, pub String);
 
 /// The same as in Cargo.toml, which a build by rustc alone does not see.
 pub const VERSION: &str = "0.1.0";
-pub const USAGE: &str = include_str!("usage.txt");
 
 const YEAR: Duration = Duration::from_secs(365 * 86_400);
+
+const QUOTE: &str = "; after --allow, quote the whole command line";
 
 /// An option's value, or what it has to be.
 type Parsed<T> = Result<T, &'static str>;
@@ -35,211 +38,138 @@ type Parsed<T> = Result<T, &'static str>;
 impl Wish {
     /// Reads the arguments, without the program's name.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Wish, Exit> {
-        let mut texts = Vec::new();
-        for argument in args {
-            // Made into text with losses, it could name another file, or admit another command.
-            let text = argument.into_string().map_err(|argument| {
-                wrong(&format!("{} is not UTF-8", argument.to_string_lossy()))
-            })?;
-            texts.push(text);
-        }
-        match texts.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        // Made into text with losses, an argument could name another file, or admit another command.
+        let is_not_text = |argument: OsString| {
+            let shown = shown(argument.as_encoded_bytes());
+            Exit(2, format!("{shown} is not UTF-8; see --help"))
+        };
+        let args = args.map(|argument| argument.into_string().map_err(is_not_text));
+        let args: Vec<String> = args.collect::<Result<_, _>>()?;
+        match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             ["-h" | "--help"] => Ok(Wish::Print(USAGE.to_string())),
             ["-V" | "--version"] => Ok(Wish::Print(format!("ssecommander {VERSION}\n"))),
-            _ => Config::parse(&texts).map(Wish::Serve),
+            _ => parse_options(&args).map(Wish::Serve),
         }
     }
 }
 
-impl Config {
-    fn parse(args: &[String]) -> Result<Config, Exit> {
-        let mut address = None;
-        let mut rules = Rules::default();
-        let mut limits = Limits {
-            max_commands: 128,
-            timeout: Duration::ZERO,
-            grace: Duration::from_secs(2),
-            heartbeat: Duration::from_secs(15),
-            stall: Duration::from_secs(60),
-            verbose: false,
-        };
-        let (mut token_file, mut no_token) = (None, false);
-        let mut options =
-            Options { args: args.iter(), name: "", value: None, follows_allow: false };
-        while let Some(name) = options.next() {
-            match name {
-                "-l" | "--listen" => options.once(&mut address, parse_address)?,
-                "--token-file" => options.once(&mut token_file, parse_path)?,
-                "--allow" => rules.allowed.push(options.value(parse_allowed)?),
-                "--allow-origin" => rules.origins.push(options.value(parse_origin)?),
-                "--max-commands" => limits.max_commands = options.value(parse_count)?,
-                "--timeout" => limits.timeout = options.value(parse_seconds)?,
-                "--grace" => limits.grace = options.value(parse_seconds)?,
-                "--heartbeat" => limits.heartbeat = options.value(parse_some_seconds)?,
-                "--stall" => limits.stall = options.value(parse_some_seconds)?,
-                "--no-token" => no_token = options.flag()?,
-                "-v" | "--verbose" => limits.verbose = options.flag()?,
-                "-h" | "--help" | "-V" | "--version" => {
-                    return Err(options.wrong(&format!("{name} stands alone")));
-                }
-                _ => return Err(options.wrong(&format!("no option {name}"))),
-            }
-        }
-        if let Some(path) = token_file {
-            rules.token = Some(read_token(&path)?);
-        }
-        let config = Config {
-            address: address.unwrap_or((Ipv4Addr::LOCALHOST, 3000).into()),
-            rules,
-            limits,
-        };
-        if !no_token {
-            config.check_exposure()?;
-        }
-        Ok(config)
-    }
-
-    /// Without a token, only who is on this host may call.
-    fn check_exposure(&self) -> Result<(), Exit> {
-        if self.rules.token.is_some() {
-            return Ok(());
-        }
-        let danger = if !self.address.ip().to_canonical().is_loopback() {
-            format!("exposed at {}", self.address)
-        } else if self.rules.origins.iter().any(|origin| origin == "*") {
-            "--allow-origin *".to_string()
-        } else {
-            return Ok(());
-        };
-        let remedy = "needs --token-file, or --no-token if anybody may run anything";
-        Err(Exit(1, format!("{danger} {remedy}")))
-    }
-}
-
-/// The arguments, an option at a time.
-struct Options<'a> {
-    args: std::slice::Iter<'a, String>,
-    /// The option that was read last.
-    name: &'a str,
-    /// Its value, where it came as `--name=VALUE`.
-    value: Option<&'a str>,
-    /// Whether an `--allow` was read before, so that what is wrong may be the rest of its command line.
-    follows_allow: bool,
-}
-
-impl<'a> Options<'a> {
-    /// The name of the next option.
-    fn next(&mut self) -> Option<&'a str> {
-        self.follows_allow |= self.name == "--allow";
-        let argument = self.args.next()?;
-        (self.name, self.value) = match argument.split_once('=') {
+fn parse_options(args: &[String]) -> Result<Config, Exit> {
+    let (mut address, mut token_file, mut no_token) = (None, None, false);
+    let mut rules = Rules::default();
+    let mut limits = Limits {
+        max_commands: 128,
+        timeout: Duration::ZERO,
+        grace: Duration::from_secs(2),
+        heartbeat: Duration::from_secs(15),
+        stall: Duration::from_secs(60),
+        verbose: false,
+    };
+    let mut args = args.iter().map(String::as_str);
+    while let Some(argument) = args.next() {
+        let (name, given) = match argument.split_once('=') {
             Some((name, value)) if name.starts_with("--") => (name, Some(value)),
-            _ => (argument.as_str(), None),
+            _ => (argument, None),
         };
-        Some(self.name)
+        // What follows an --allow may be the rest of its command line.
+        let hint = if rules.allowed.is_empty() { "" } else { QUOTE };
+        let wrong = |what: &str| {
+            let line = format!("{argument}: {what}{hint}; see --help");
+            Exit(2, shown(line.as_bytes()))
+        };
+        let mut value = || given.or_else(|| args.next()).unwrap_or_default();
+        let parsed = match name {
+            "-l" | "--listen" => parse_address(value()).and_then(|new| once(&mut address, new)),
+            "--token-file" => parse_path(value()).and_then(|new| once(&mut token_file, new)),
+            "--allow" => parse_allowed(value()).map(|new| rules.allowed.push(new)),
+            "--allow-origin" => parse_origin(value()).map(|new| rules.origins.push(new)),
+            "--max-commands" => parse_count(value()).map(|new| limits.max_commands = new),
+            "--timeout" => parse_seconds(value()).map(|new| limits.timeout = new),
+            "--grace" => parse_seconds(value()).map(|new| limits.grace = new),
+            "--heartbeat" => parse_some_seconds(value()).map(|new| limits.heartbeat = new),
+            "--stall" => parse_some_seconds(value()).map(|new| limits.stall = new),
+            _ if given.is_some() => Err("there is no such option with a value"),
+            "--no-token" => Ok(no_token = true),
+            "-v" | "--verbose" => Ok(limits.verbose = true),
+            "-h" | "--help" | "-V" | "--version" => Err("it stands alone"),
+            _ => Err("there is no such option"),
+        };
+        parsed.map_err(wrong)?;
     }
-
-    /// The option's value, as `parse` takes it.
-    fn value<T>(&mut self, parse: fn(&str) -> Parsed<T>) -> Result<T, Exit> {
-        let given = self.value.or_else(|| self.args.next().map(String::as_str));
-        let text = given.unwrap_or_default();
-        parse(text).map_err(|what| self.wrong(&format!("{} needs {what}, not '{text}'", self.name)))
+    rules.token = token_file.map(|path: String| read_token(&path)).transpose()?;
+    let address = address.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 3000)));
+    if rules.token.is_none() && !no_token {
+        check_exposure(&address, &rules)?;
     }
-
-    /// The same, for an option that may be given once.
-    fn once<T>(&mut self, slot: &mut Option<T>, parse: fn(&str) -> Parsed<T>) -> Result<(), Exit> {
-        let value = self.value(parse)?;
-        if slot.replace(value).is_some() {
-            return Err(self.wrong(&format!("{} is given twice", self.name)));
-        }
-        Ok(())
-    }
-
-    /// An option without a value.
-    fn flag(&self) -> Result<bool, Exit> {
-        match self.value {
-            None => Ok(true),
-            Some(_) => Err(self.wrong(&format!("{} has no value", self.name))),
-        }
-    }
-
-    fn wrong(&self, why: &str) -> Exit {
-        if self.follows_allow {
-            return wrong(&format!("{why}; after --allow, quote the whole command line"));
-        }
-        wrong(why)
-    }
+    Ok(Config { address, rules, limits })
 }
 
-/// A wrong command line, told in one line whatever it holds.
-fn wrong(why: &str) -> Exit {
-    let mut line = String::new();
-    for character in why.chars() {
-        if character.is_control() {
-            line.extend(character.escape_default());
-        } else {
-            line.push(character);
-        }
-    }
-    Exit(2, line + "; see --help")
+/// Sets what may be given once.
+fn once<T>(slot: &mut Option<T>, value: T) -> Parsed<()> {
+    if slot.replace(value).is_some() { Err("it may be given once") } else { Ok(()) }
+}
+
+/// Without a token, only who is on this host may call.
+fn check_exposure(address: &SocketAddr, rules: &Rules) -> Result<(), Exit> {
+    let danger = if !address.ip().to_canonical().is_loopback() {
+        format!("exposed at {address}")
+    } else if rules.origins.iter().any(|origin| origin == "*") {
+        "--allow-origin *".to_string()
+    } else {
+        return Ok(());
+    };
+    let remedy = "needs --token-file, or --no-token if anybody may run anything";
+    Err(Exit(1, format!("{danger} {remedy}")))
 }
 
 fn parse_address(text: &str) -> Parsed<SocketAddr> {
     let port = text.strip_prefix("localhost:").unwrap_or(text);
-    let is_port_alone = port.bytes().all(|byte| byte.is_ascii_digit());
-    let address = if is_port_alone { format!("127.0.0.1:{port}").parse() } else { text.parse() };
-    address.map_err(|_| "IP:PORT, [IPv6]:PORT, localhost:PORT or PORT")
+    let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
+    let address = if is_port { format!("127.0.0.1:{port}") } else { text.to_string() };
+    address.parse().map_err(|_| "it needs IP:PORT, [IPv6]:PORT, localhost:PORT or PORT")
 }
 
 fn parse_path(text: &str) -> Parsed<String> {
-    if text.is_empty() {
-        return Err("a file");
-    }
-    Ok(text.to_string())
+    if text.is_empty() { Err("it needs a file") } else { Ok(text.to_string()) }
 }
 
 fn parse_allowed(text: &str) -> Parsed<Allowed> {
     // /commands lists one a line.
     if text.contains(['\n', '\r']) {
-        return Err("a command line without a line's end");
+        return Err("it needs a command line on one line");
     }
-    Allowed::parse(text).map_err(|_| "a command line, quoted as a whole")
+    Allowed::parse(text).map_err(|_| "it needs a command line, quoted as a whole")
 }
 
 fn parse_count(text: &str) -> Parsed<usize> {
-    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit());
     match text.parse() {
-        Ok(number) if is_plain && number > 0 => Ok(number),
-        _ => Err("a number from 1"),
+        // std would take a sign.
+        Ok(number) if number > 0 && !text.starts_with('+') => Ok(number),
+        _ => Err("it needs a number from 1"),
     }
 }
 
 /// Plain decimal seconds, at most a year: no sign, no exponent. What is below a nanosecond is dropped.
 fn parse_seconds(text: &str) -> Parsed<Duration> {
-    const WHAT: &str = "seconds, 0 to 31536000";
+    let what = "it needs seconds, 0 to 31536000";
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let is_digits = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
-    if !is_digits(whole) || !is_digits(fraction) || whole.len() + fraction.len() == 0 {
-        return Err(WHAT);
+    let digits = format!("0{whole}{fraction}");
+    if digits.len() == 1 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+        return Err(what);
     }
-    let mut nanos = 0;
-    let mut unit = 100_000_000;
+    let (mut nanos, mut unit) = (0, 100_000_000);
     for digit in fraction.bytes() {
         nanos += u32::from(digit - b'0') * unit;
         unit /= 10;
     }
-    let seconds = if whole.is_empty() { "0" } else { whole };
-    let time = Duration::new(seconds.parse().map_err(|_| WHAT)?, nanos);
-    if time > YEAR {
-        return Err(WHAT);
-    }
-    Ok(time)
+    let seconds = format!("0{whole}").parse().map_err(|_| what)?;
+    let time = Duration::new(seconds, nanos);
+    if time > YEAR { Err(what) } else { Ok(time) }
 }
 
 fn parse_some_seconds(text: &str) -> Parsed<Duration> {
     match parse_seconds(text) {
         Ok(time) if !time.is_zero() => Ok(time),
-        _ => Err("seconds, above 0 and up to 31536000"),
+        _ => Err("it needs seconds, above 0 and up to 31536000"),
     }
 }
 
@@ -247,17 +177,17 @@ fn parse_some_seconds(text: &str) -> Parsed<Duration> {
 fn parse_origin(text: &str) -> Parsed<String> {
     let is_good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
     let is_part = |part: &str| !part.is_empty() && part.chars().all(is_good);
-    match text.split_once("://") {
-        Some((scheme, host)) if is_part(scheme) && is_part(host) => Ok(text.to_string()),
-        None if text == "*" => Ok(text.to_string()),
-        _ => Err("an origin as browsers send it (https://ops.example), or *"),
+    let (scheme, host) = text.split_once("://").unwrap_or_default();
+    if text == "*" || (is_part(scheme) && is_part(host)) {
+        return Ok(text.to_string());
     }
+    Err("it needs an origin as browsers send it (https://ops.example), or *")
 }
 
 /// The first line of a file: visible ASCII, as it has to fit a field.
 fn read_token(path: &str) -> Result<String, Exit> {
     let cannot = |why: &str| Exit(1, format!("--token-file {path}: {why}"));
-    let content = fs::read_to_string(path).map_err(|error| cannot(&error.to_string()))?;
+    let content = fs::read_to_string(path).map_err(|error| cannot(&words_of(&error)))?;
     let token = content.lines().next().unwrap_or("").trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(cannot("the token is empty, or not visible ASCII"));

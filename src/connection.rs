@@ -1,57 +1,52 @@
 //! The path of one connection: its requests and their answers, one after the other.
 
-use crate::child::Child;
-use crate::config::USAGE;
 use crate::log::{self, quoted};
-use crate::output::{Outcome, Stream};
+use crate::output::Stream;
 use crate::pipes::{Content, TICK, is_passing};
 use crate::policy::{CommandLine, Rules, Verdict};
-use crate::refusal::Refusal;
-use crate::request::{Failure, Request, percent_decode};
-use crate::response::{CONTINUE, Context};
-use crate::run::{self, Client, Commands, End, Started};
+use crate::refusal::{Refusal, ensure};
+use crate::request::{Request, percent_decode};
+use crate::response::{CONTINUE, Context, USAGE};
+use crate::run::{self, Client, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
-/// In which a head must have arrived whole, and a form, however it trickles; and the next request have begun.
+/// In which a head must have arrived whole, and a form, however it trickles; and a next request begun.
 const ARRIVAL_TIME: Duration = Duration::from_secs(5);
-/// How long a client that was refused may go on sending.
+/// How long a client may go on sending after an answer that ends the connection.
 const LINGER_TIME: Duration = Duration::from_secs(2);
 /// Of input. A silent stream holds one, and most heads fit.
 const BUFFER: usize = 1 << 10;
 
-/// Serves a client until it or the server ends the connection.
-pub fn serve(socket: &TcpStream, peer: SocketAddr, rules: &Rules, commands: &Commands) {
-    let limits = &commands.limits;
-    // Without the address that it came in on, nobody can say who is meant by `Host`.
-    let Ok(local) = socket.local_addr() else {
-        return;
-    };
+/// Serves a client until it or the server ends the connection, or the connection fails.
+pub fn serve(
+    socket: &TcpStream,
+    peer: SocketAddr,
+    rules: &Rules,
+    limits: &Limits,
+) -> io::Result<()> {
+    let local = socket.local_addr()?.ip().to_canonical();
     // Each wait is a tick, so that whoever waits sees what else has happened.
-    let is_ready = socket.set_read_timeout(Some(TICK)).is_ok()
-        && socket.set_write_timeout(Some(TICK)).is_ok()
-        && socket.set_nodelay(true).is_ok();
-    if !is_ready {
-        return;
-    }
+    socket.set_read_timeout(Some(TICK))?;
+    socket.set_write_timeout(Some(TICK))?;
+    // Without it a client that keeps the connection waits for its second answer for 40 ms.
+    socket.set_nodelay(true)?;
     sys::notice_dead_peer(socket, limits.heartbeat, limits.stall);
-    let input = Input { socket, commands, deadline: Instant::now() + ARRIVAL_TIME };
-    let mut connection = Connection {
-        client: Client { socket, peer },
-        local: local.ip().to_canonical(),
-        rules,
-        commands,
-        input: BufReader::with_capacity(BUFFER, input),
-    };
+    let client = Client { socket, peer };
+    let deadline = Instant::now() + ARRIVAL_TIME;
+    let input = BufReader::with_capacity(BUFFER, Input { socket, deadline });
+    let mut connection = Connection { client, local, rules, limits, input };
     while connection.exchange() {
+        // The next request may begin so late, and then has as much time as the first one.
         connection.allow(ARRIVAL_TIME);
-        if connection.input.fill_buf().is_err() {
-            return;
-        }
+        connection.input.fill_buf()?;
         connection.allow(ARRIVAL_TIME);
     }
+    Ok(())
 }
 
 struct Connection<'a> {
@@ -59,14 +54,13 @@ struct Connection<'a> {
     /// The address that it came in on.
     local: IpAddr,
     rules: &'a Rules,
-    commands: &'a Commands,
+    limits: &'a Limits,
     input: BufReader<Input<'a>>,
 }
 
 /// What a client sends, up to a deadline and to the server's end.
 struct Input<'a> {
     socket: &'a TcpStream,
-    commands: &'a Commands,
     deadline: Instant,
 }
 
@@ -78,7 +72,7 @@ impl Read for Input<'_> {
                 Err(error) if is_passing(&error) => {}
                 done => return done,
             }
-            if self.commands.is_ending(End::Asked) {
+            if sys::is_ending() {
                 return Err(ErrorKind::ConnectionAborted.into());
             }
             if Instant::now() >= self.deadline {
@@ -97,138 +91,111 @@ impl Connection<'_> {
     /// A request and its answer. Returns whether another request may follow.
     fn exchange(&mut self) -> bool {
         let mut request = Request::default();
-        match request.read(&mut self.input) {
-            Ok(()) => {}
-            Err(Failure::Gone) => return false,
-            Err(Failure::Refused(refusal)) => return self.refuse(&request, &[], &refusal),
-        }
-        match self.rules.judge(&request, self.local) {
-            Ok(Verdict::ReadForm) => self.answer_form(&request),
-            Ok(Verdict::Run(command)) => self.run(&request, &command, &[]),
-            Ok(verdict) => self.answer(&request, &verdict),
-            Err(refusal) => self.refuse(&request, &[], &refusal),
+        let mut form = Vec::new();
+        match self.try_exchange(&mut request, &mut form) {
+            Ok(goes_on) => goes_on,
+            Err(Refusal::Gone) => false,
+            Err(refusal) => self.refuse(&request, &form, &refusal),
         }
     }
 
-    /// Reads the form that holds the command, and runs it.
-    fn answer_form(&mut self, request: &Request) -> bool {
-        if request.expects_continue() && !self.write(CONTINUE) {
-            return false;
-        }
-        self.allow(ARRIVAL_TIME);
-        // The rules let no long one pass.
-        let mut form = vec![0; request.content_length as usize];
-        if let Err(error) = self.input.read_exact(&mut form) {
-            let refusal = match error.kind() {
-                ErrorKind::TimedOut => Refusal::Late("form did not arrive in time"),
-                ErrorKind::UnexpectedEof => {
-                    Refusal::Malformed("form", "send as many bytes as Content-Length says")
-                }
-                _ => return false,
-            };
-            return self.refuse(request, &[], &refusal);
-        }
-        match self.rules.command(&form) {
-            Ok(command) => self.run(request, &command, &form),
-            Err(refusal) => self.refuse(request, &form, &refusal),
-        }
-    }
-
-    /// Starts a command and streams it. The content of a POST is its standard input, unless it was the form
-    /// that the command came from.
-    fn run(&mut self, request: &Request, command: &CommandLine, form: &[u8]) -> bool {
-        let Some(place) = self.commands.place() else {
-            return self.refuse(request, form, &Refusal::Busy("place for another command"));
-        };
-        let has_input = request.method == "POST" && request.content_length > 0 && form.is_empty();
-        let (child, pipes) = match Child::start(&command.words, has_input) {
-            Ok(started) => started,
-            Err(refusal) if request.wants_events() && refusal.exit_code().is_some() => {
-                drop(place);
-                return self.stream_failure(request, &refusal);
+    /// The same, where nothing is refused. `request` and `form` keep what was read.
+    fn try_exchange(&mut self, request: &mut Request, form: &mut Vec<u8>) -> Result<bool, Refusal> {
+        request.read(&mut self.input)?;
+        let context = self.context(request);
+        let answer = match self.rules.judge(request, self.local)? {
+            Verdict::Run(command) => return self.run(&context, &command, true),
+            Verdict::ReadForm => {
+                self.read_form(request, form)?;
+                let command = self.rules.command(form)?;
+                return self.run(&context, &command, false);
             }
-            Err(refusal) => return self.refuse(request, form, &refusal),
-        };
-        let context = self.context(request);
-        let mut head = Vec::new();
-        if request.expects_continue() && form.is_empty() {
-            head.extend_from_slice(CONTINUE);
-        }
-        head.extend_from_slice(&context.stream_head());
-        let begun = self.input.buffer();
-        let here = begun.len().min(usize::try_from(request.content_length).unwrap_or(usize::MAX));
-        let started = Started {
-            child,
-            pipes,
-            place,
-            text: &command.text,
-            content: Content {
-                begun: &begun[..here],
-                length: request.content_length,
-                socket: self.client.socket,
-            },
-            head,
-            stream: Stream::new(request.wants_events(), request.minor_version > 0),
-            is_events: request.wants_events(),
-        };
-        match run::run(started, &self.client, self.commands) {
-            Ok(is_complete) => is_complete && self.goes_on(context.closes),
-            Err(refusal) => self.refuse(request, form, &refusal),
-        }
-    }
-
-    /// The stream of a command that could not be started.
-    fn stream_failure(&mut self, request: &Request, refusal: &Refusal) -> bool {
-        let told = refusal.told();
-        let context = self.context(request);
-        let mut outcome = Outcome::failed(refusal.exit_code().unwrap_or_default());
-        let mut stream = Stream::new(true, request.minor_version > 0);
-        stream.error(&format!("{} ({})", told.why, told.remedy));
-        stream.exit(&mut outcome);
-        let mut answer = context.stream_head();
-        stream.take_content(&mut answer);
-        stream.take_last_chunk(&outcome, &mut answer);
-        run::log_exit(self.client.peer, 0, &outcome, &told.why);
-        self.write(&answer) && self.goes_on(context.closes)
-    }
-
-    /// Answers what is neither a refusal nor a command.
-    fn answer(&mut self, request: &Request, verdict: &Verdict) -> bool {
-        let context = self.context(request);
-        let answer = match verdict {
             Verdict::Page => context.page(),
+            Verdict::Usage => context.text(USAGE),
             Verdict::Commands => context.text(&self.rules.listed()),
             Verdict::Methods(methods) => context.methods(methods),
             Verdict::Reconnect => context.nothing(),
             Verdict::Head => context.stream_head(),
-            _ => context.text(USAGE),
         };
-        self.write(&answer) && self.goes_on(context.closes)
+        Ok(self.write(&answer) && self.goes_on(context.closes))
     }
 
-    /// Refuses a request, and logs what was asked for: in the target, or in the form that was read.
+    /// Reads the form that holds the command; the rules have let no long one pass.
+    fn read_form(&mut self, request: &Request, form: &mut Vec<u8>) -> Result<(), Refusal> {
+        if request.expects_continue() && !self.write(CONTINUE.as_bytes()) {
+            return Err(Refusal::Gone);
+        }
+        self.allow(ARRIVAL_TIME);
+        let length = request.content_length;
+        (&mut self.input).take(length).read_to_end(form)?;
+        let broken = "content breaks off; send as many bytes as Content-Length says";
+        ensure(form.len() as u64 == length, Refusal::Malformed(broken))
+    }
+
+    /// Runs a command. Where `may_feed`, a POST's content is its standard input.
+    fn run(
+        &mut self,
+        context: &Context,
+        command: &CommandLine,
+        may_feed: bool,
+    ) -> Result<bool, Refusal> {
+        let (request, length) = (context.request, context.request.content_length);
+        let is_fed = may_feed && length > 0 && request.method == "POST";
+        let mut head = context.stream_head();
+        if may_feed && request.expects_continue() {
+            head.splice(..0, CONTINUE.bytes());
+        }
+        let buffered = self.input.buffer();
+        let begun = &buffered[..buffered.len().min(length.try_into().unwrap_or(usize::MAX))];
+        let content = Content { begun, socket: self.client.socket, length };
+        let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
+        let is_complete =
+            match run::run(command, is_fed.then_some(content), &self.client, self.limits, stream) {
+                Err(refusal) if request.wants_events() && refusal.exit_code().is_some() => {
+                    self.write(&self.failed_stream(context, &refusal))
+                }
+                done => done?,
+            };
+        Ok(is_complete && self.goes_on(context.closes))
+    }
+
+    /// The whole stream of a command that could not be started.
+    fn failed_stream(&self, context: &Context, refusal: &Refusal) -> Vec<u8> {
+        let ((_, words), code) = (refusal.told(), refusal.exit_code().unwrap_or(0));
+        let is_chunked = context.request.minor_version > 0;
+        let mut stream = Stream::new(true, is_chunked, context.stream_head());
+        stream.error(&words);
+        stream.exit("failed", Some(ExitStatus::from_raw(code << 8)), 0);
+        let (peer, why) = (self.client.peer, quoted(words.as_bytes()));
+        let outcome = format!("out=failed code={code} ms=0 stdout_bytes=0 stderr_bytes=0");
+        log::line(format_args!("exit peer={peer} pid=0 {outcome} why={why}"));
+        stream.unsent().to_vec()
+    }
+
+    /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
     fn refuse(&mut self, request: &Request, form: &[u8], refusal: &Refusal) -> bool {
         let mut context = self.context(request);
         context.closes |= refusal.ends_connection();
-        let (peer, told) = (self.client.peer, refusal.told());
-        let target = loggable(request.target.as_bytes());
-        let command = if form.is_empty() { String::new() } else { logged_form(form) };
-        let (status, why) = (told.status, quoted(told.why.as_bytes()));
-        log::line(format_args!(
-            "refuse peer={peer} status={status} target={target}{command} why={why}"
-        ));
+        let (status, words) = refusal.told();
+        let (why, _) = words.split_once("; ").unwrap_or((&words, ""));
+        let (peer, why) = (self.client.peer, quoted(why.as_bytes()));
+        let mut asked = format!("target={}", decoded_where_secret(request.target.as_bytes()));
+        if !form.is_empty() {
+            let text = percent_decode(form).unwrap_or(form.to_vec());
+            let command = text.strip_prefix(b"command=").unwrap_or(&text);
+            asked += &format!(" command={}", quoted(command));
+        }
+        log::line(format_args!("refuse peer={peer} status={status} {asked} why={why}"));
         self.write(&context.refusal(refusal)) && self.goes_on(context.closes)
     }
 
     fn context<'r>(&self, request: &'r Request) -> Context<'r> {
-        Context {
-            request,
-            origin: self.rules.foreign_origin(request),
-            closes: request.ends_connection() || self.commands.is_ending(End::Asked),
-        }
+        let origin = self.rules.foreign_origin(request);
+        let closes = request.ends_connection() || sys::is_ending();
+        Context { request, origin, closes }
     }
 
-    /// Writes an answer whole, unless the client is gone or does not read.
+    /// Writes an answer whole, unless the client is gone, or does not read.
     fn write(&self, mut bytes: &[u8]) -> bool {
         let mut socket = self.client.socket;
         let mut written = Instant::now();
@@ -238,46 +205,37 @@ impl Connection<'_> {
                     bytes = &bytes[length..];
                     written = Instant::now();
                 }
-                Err(error) if is_passing(&error) => {
-                    let is_stalled = written.elapsed() >= self.commands.limits.stall;
-                    if is_stalled || self.commands.is_ending(End::Asked) {
-                        return false;
-                    }
+                Err(error) if !is_passing(&error) => return false,
+                Err(_) if sys::is_ending() || written.elapsed() >= self.limits.stall => {
+                    return false;
                 }
-                Err(_) => return false,
+                Err(_) => {}
             }
         }
         true
     }
 
-    /// Whether another request may follow an answer. Where none may, ends the connection in a way that the
-    /// answer survives: closing a socket with unread input sends a reset, which can overtake the answer and
-    /// have it thrown away (RFC 9112 section 9.6). So the server says that nothing more comes, and reads
-    /// what still does, for a moment.
+    /// Whether another request may follow an answer. Where none may, ends the connection so that the answer
+    /// survives: closing a socket with unread input sends a reset, which can overtake the answer and have it
+    /// thrown away (RFC 9112 section 9.6). So the server says that nothing more comes, and reads what still
+    /// does, for a moment.
     fn goes_on(&mut self, closes: bool) -> bool {
-        if !closes && !self.commands.is_ending(End::Asked) {
-            return true;
+        if closes {
+            let _ = self.client.socket.shutdown(Shutdown::Write);
+            self.allow(LINGER_TIME);
+            let input = self.input.get_mut();
+            let mut scratch = [0; 4096];
+            while Instant::now() < input.deadline && input.read(&mut scratch).is_ok_and(|n| n > 0) {
+            }
         }
-        let _ = self.client.socket.shutdown(Shutdown::Write);
-        self.allow(LINGER_TIME);
-        let input = self.input.get_mut();
-        let mut scratch = [0; 4096];
-        while Instant::now() < input.deadline && input.read(&mut scratch).is_ok_and(|n| n > 0) {}
-        false
+        !closes
     }
 }
 
 /// A target as sent, for the log; decoded where the token would hide behind escapes.
-fn loggable(target: &[u8]) -> String {
+fn decoded_where_secret(target: &[u8]) -> String {
     match percent_decode(target) {
         Some(decoded) if log::has_token(&decoded) => quoted(&decoded),
         _ => quoted(target),
     }
-}
-
-/// The command that a form asked for, as a value for the log, however much of the form is wrong.
-fn logged_form(form: &[u8]) -> String {
-    let text = percent_decode(form).unwrap_or_else(|| form.to_vec());
-    let command = text.strip_prefix(b"command=").unwrap_or(&text);
-    format!(" command={}", quoted(command))
 }

@@ -7,22 +7,20 @@
 
 use crate::clock;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{OnceLock, PoisonError, RwLock};
+use std::sync::{OnceLock, mpsc::SyncSender, mpsc::sync_channel};
 use std::time::{Duration, Instant};
 use std::{fmt::Arguments, io, io::ErrorKind, io::Write, thread};
 
-/// Lines that wait to be written. With the longest text, 8 MiB.
+/// Lines that wait to be written, 4 MiB at the most.
 const QUEUE: usize = 512;
-/// So much of a text is logged. Escaped it stays far below the 48 KiB at which journald cuts a line in two,
-/// and a second half could be made to look like a line of its own.
-const LONGEST_TEXT: usize = 4_000;
+/// So much of a text is logged. It stays far below the 48 KiB at which journald cuts a line in two, and a
+/// second half could be made to look like a line of its own.
+const LONGEST_TEXT: usize = 8_000;
 /// How long the program's end waits for the last lines.
 const LAST_MOMENT: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_millis(1);
-const STACK: usize = 64 << 10;
 
-/// A line, its end included, behind one that says how many before it were lost, if any were.
+/// A line, behind one that says how many before it were lost, if any were.
 struct Line {
     text: String,
     lost: u64,
@@ -31,26 +29,28 @@ struct Line {
 static LINES: OnceLock<SyncSender<Line>> = OnceLock::new();
 /// Lines in the queue, with the one that is being written.
 static WAITING: AtomicU64 = AtomicU64::new(0);
-/// Lines that were not written, since the last line that said so.
+/// Lines that were not written, and that no line has told of.
 static LOST: AtomicU64 = AtomicU64::new(0);
 /// What is left out of every text.
-static TOKEN: RwLock<Option<String>> = RwLock::new(None);
+static TOKEN: OnceLock<String> = OnceLock::new();
 
-/// Starts the thread that writes. The token is left out of all texts from now on.
-pub fn start(token: Option<&str>) -> io::Result<()> {
-    *TOKEN.write().unwrap_or_else(PoisonError::into_inner) = token.map(str::to_string);
-    let (sender, receiver) = sync_channel(QUEUE);
-    let builder = thread::Builder::new().stack_size(STACK);
-    builder.spawn(move || write_lines(receiver))?;
+/// Starts the thread that writes. The token is left out of all texts.
+pub fn start(token: Option<String>) -> io::Result<()> {
+    let _ = token.map(|token| TOKEN.set(token));
+    let (sender, lines) = sync_channel(QUEUE);
     let _ = LINES.set(sender);
+    thread::Builder::new().spawn(move || {
+        let mut is_at_line_start = true;
+        for line in lines {
+            is_at_line_start = write(line, is_at_line_start);
+            WAITING.fetch_sub(1, SeqCst);
+        }
+    })?;
     Ok(())
 }
 
 /// Has `TIME HAPPENING key=value …` written, and does not wait for it.
 pub fn line(happening: Arguments) {
-    let Some(lines) = LINES.get() else {
-        return;
-    };
     let time = clock::rfc3339(clock::unix_millis());
     let lost = LOST.swap(0, SeqCst);
     let mut text = format!("{time} {happening}\n");
@@ -58,7 +58,8 @@ pub fn line(happening: Arguments) {
         text.insert_str(0, &format!("{time} lost lines={lost}\n"));
     }
     WAITING.fetch_add(1, SeqCst);
-    if lines.try_send(Line { text, lost }).is_err() {
+    let line = Line { text, lost };
+    if LINES.get().is_none_or(|lines| lines.try_send(line).is_err()) {
         WAITING.fetch_sub(1, SeqCst);
         LOST.fetch_add(lost + 1, SeqCst);
     }
@@ -75,69 +76,45 @@ pub fn finish() {
 /// A text from outside, as a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII escaped,
 /// the token as `***`.
 pub fn quoted(text: &[u8]) -> String {
-    // Before it is cut, or a part of the token could be left at the end.
-    let mut text = mask(text);
-    let is_long = text.len() > LONGEST_TEXT;
+    let mut text = escape(text);
+    if let Some(token) = TOKEN.get() {
+        // Before the text is cut, or a part of the token could be left at its end.
+        text = text.replace(&escape(token.as_bytes()), "***");
+    }
+    let cut = if text.len() > LONGEST_TEXT { "..." } else { "" };
     text.truncate(LONGEST_TEXT);
-    let escaped = text.escape_ascii().to_string().replace("\\'", "'");
-    let cut = if is_long { "..." } else { "" };
-    format!("\"{escaped}{cut}\"")
+    format!("\"{text}{cut}\"")
 }
 
 /// Whether a text has the token in it.
 pub fn has_token(text: &[u8]) -> bool {
-    mask(text) != text
+    let is_in = |token: &String| escape(text).contains(&escape(token.as_bytes()));
+    TOKEN.get().is_some_and(is_in)
 }
 
-fn mask(text: &[u8]) -> Vec<u8> {
-    let token = TOKEN.read().unwrap_or_else(PoisonError::into_inner);
-    let Some(token) = &*token else {
-        return text.to_vec();
-    };
-    let mut masked = Vec::new();
-    let mut rest = text;
-    while let Some((&first, after)) = rest.split_first() {
-        if let Some(behind) = rest.strip_prefix(token.as_bytes()) {
-            masked.extend_from_slice(b"***");
-            rest = behind;
-        } else {
-            masked.push(first);
-            rest = after;
-        }
+fn escape(text: &[u8]) -> String {
+    text.escape_ascii().to_string().replace("\\'", "'")
+}
+
+/// Writes a line, as far as there is room: none on a full disk, in a file at its size limit, in a closed pipe.
+/// Returns whether the next one is at the start of a line.
+fn write(mut line: Line, is_at_line_start: bool) -> bool {
+    if !is_at_line_start {
+        // No line may begin behind the half of another.
+        line.text.insert(0, '\n');
     }
-    masked
-}
-
-/// Writes line after line, as long as the program lives.
-fn write_lines(lines: Receiver<Line>) {
-    let mut is_at_line_start = true;
-    for mut line in lines {
-        if !is_at_line_start {
-            // No line may begin behind the half of another.
-            line.text.insert(0, '\n');
-        }
-        let written = write_to_stderr(line.text.as_bytes());
-        if written > 0 {
-            is_at_line_start = line.text.as_bytes()[written - 1] == b'\n';
-        }
-        if written < line.text.len() {
-            LOST.fetch_add(line.lost + 1, SeqCst);
-        }
-        WAITING.fetch_sub(1, SeqCst);
-    }
-}
-
-/// Returns how much could be written: not all to a full disk, a file at its size limit, or a closed pipe.
-fn write_to_stderr(bytes: &[u8]) -> usize {
-    let mut written = 0;
+    let (bytes, mut written) = (line.text.as_bytes(), 0);
     while written < bytes.len() {
         match io::stderr().write(&bytes[written..]) {
             Ok(length) => written += length,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => break,
+            Err(_) => {
+                LOST.fetch_add(line.lost + 1, SeqCst);
+                break;
+            }
         }
     }
-    written
+    if written == 0 { is_at_line_start } else { bytes[written - 1] == b'\n' }
 }
 
 #[cfg(test)]

@@ -3,123 +3,60 @@
 //! no I/O.
 
 use crate::clock::unix_millis;
-use std::{fmt, os::unix::process::ExitStatusExt, time::Duration};
-use std::{fmt::Display, io::Write, mem::take, process::ExitStatus};
+use std::os::unix::process::ExitStatusExt;
+use std::{fmt::Display, io::Write, mem::take, process::ExitStatus, time::Duration};
 
-/// Where output comes from.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Source {
-    Stdout,
-    Stderr,
-}
-
-/// What is sent of one command, behind the response's head.
-pub struct Stream {
-    /// Events, or plain text.
-    is_events: bool,
-    /// In chunks, or up to the end of the connection.
-    is_chunked: bool,
-    /// How many events there were.
-    events: u64,
-    stdout: Progress,
-    stderr: Progress,
-    /// Encoded, and not yet made a chunk of.
-    content: Vec<u8>,
-    /// Leading zeros of the next chunk's size that were sent already.
-    zeros: usize,
-}
-
-/// How far the output from one source has come.
-#[derive(Default)]
-struct Progress {
-    bytes: u64,
-    /// The beginning of a character whose end is still to come, three bytes at most.
-    unfinished: Vec<u8>,
-}
-
-/// How a run ended, for the client and for the log.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Outcome {
-    /// The word of the event's `out`.
-    pub out: &'static str,
-    pub code: Option<i32>,
-    pub signal: Option<i32>,
-    pub ms: u128,
-    pub stdout_bytes: u64,
-    pub stderr_bytes: u64,
-}
-
-/// Clients take sizes of 16 digits at most, of which a chunk's own size needs a few.
+/// Where output comes from, by its event's name.
+pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
+/// Clients take chunk sizes of 16 digits at most, of which a size needs some for itself.
 const MOST_ZEROS: usize = 8;
 
-impl Source {
-    pub fn name(self) -> &'static str {
-        match self {
-            Source::Stdout => "stdout",
-            Source::Stderr => "stderr",
-        }
-    }
-}
-
-impl Outcome {
-    /// Of a command that ended by itself, as far as its status tells.
-    pub fn of(status: ExitStatus) -> Outcome {
-        let out = if status.signal().is_some() { "killed" } else { "exited" };
-        Outcome {
-            out,
-            code: status.code(),
-            signal: status.signal(),
-            ..Outcome::without_status(out)
-        }
-    }
-
-    /// Of a command that was never started, by the exit status that a shell would have for it.
-    pub fn failed(code: i32) -> Outcome {
-        Outcome { code: Some(code), ..Outcome::without_status("failed") }
-    }
-
-    /// Of a command whose status nobody knows.
-    pub fn without_status(out: &'static str) -> Outcome {
-        Outcome { out, code: None, signal: None, ms: 0, stdout_bytes: 0, stderr_bytes: 0 }
-    }
-}
-
-/// As a line of the log has it.
-impl Display for Outcome {
-    fn fmt(&self, line: &mut fmt::Formatter) -> fmt::Result {
-        write!(line, "out={}", self.out)?;
-        if let Some(code) = self.code {
-            write!(line, " code={code}")?;
-        }
-        if let Some(signal) = self.signal {
-            write!(line, " signal={signal}")?;
-        }
-        let (stdout, stderr) = (self.stdout_bytes, self.stderr_bytes);
-        write!(line, " ms={} stdout_bytes={stdout} stderr_bytes={stderr}", self.ms)
-    }
+/// What is sent of one command, from the response's head to the last chunk.
+pub struct Stream {
+    /// Events, or plain text.
+    pub is_events: bool,
+    /// In chunks, or up to the end of the connection.
+    is_chunked: bool,
+    /// Bytes of output, from each of [`SOURCES`].
+    pub bytes: [u64; 2],
+    /// The number of the last event.
+    last_event: u64,
+    /// Of each source the beginning of a character whose end is still to come, three bytes at most.
+    unfinished: [Vec<u8>; 2],
+    /// Encoded, and not yet made a chunk of.
+    content: Vec<u8>,
+    /// Leading zeros of the next chunk's size that were sent before it.
+    zeros: usize,
+    /// For the client, of which so many bytes were sent.
+    batch: Vec<u8>,
+    sent: usize,
 }
 
 impl Stream {
-    pub fn new(is_events: bool, is_chunked: bool) -> Stream {
+    /// `head` goes out first.
+    pub fn new(is_events: bool, is_chunked: bool, head: Vec<u8>) -> Stream {
         Stream {
             is_events,
             is_chunked,
-            events: 0,
-            stdout: Progress::default(),
-            stderr: Progress::default(),
+            bytes: [0; 2],
+            last_event: 0,
+            unfinished: [Vec::new(), Vec::new()],
             content: Vec::new(),
             zeros: 0,
+            batch: head,
+            sent: 0,
         }
     }
 
-    /// The `start` event. `heartbeat` is there in seconds.
+    /// The `start` event, which says after how long a silence there is a comment, in seconds.
     pub fn start(&mut self, pid: u32, heartbeat: Duration) {
-        let mut seconds = heartbeat.as_secs().to_string();
-        if heartbeat.subsec_millis() > 0 {
-            seconds += &format!(".{:03}", heartbeat.subsec_millis());
-        }
-        let data = format!("\"pid\":{pid},\"heartbeat\":{seconds}}}\n\n");
-        self.event("start", "start", data);
+        let (seconds, millis) = (heartbeat.as_secs(), heartbeat.subsec_millis());
+        let fraction = if millis > 0 { format!(".{millis:03}") } else { String::new() };
+        self.event(
+            "start",
+            "start",
+            format!("\"pid\":{pid},\"heartbeat\":{seconds}{fraction}}}\n\n"),
+        );
     }
 
     /// The `err` event, which says in words what went wrong.
@@ -127,97 +64,89 @@ impl Stream {
         self.text("err", "error", why.as_bytes());
     }
 
-    /// A comment, which keeps a silent stream alive, and brings out a client that has gone. No empty line
-    /// follows it, which some clients take for an event.
+    /// Something to send that says nothing: it keeps the stream alive, and brings out a client that has
+    /// gone. Among events it is a comment, with no empty line behind it, which some clients take for an event.
+    /// Plain text has none; there it is a leading zero of the next chunk's size, as long as there are few.
     pub fn comment(&mut self) {
         if self.is_events {
             self.content.extend_from_slice(b":\n");
-        }
-    }
-
-    /// The same for plain text, which has no comments: a leading zero of the next chunk's size. Nothing where
-    /// there are no chunks, or there were too many zeros already.
-    pub fn zero(&mut self, batch: &mut Vec<u8>) {
-        if self.is_chunked && self.content.is_empty() && self.zeros < MOST_ZEROS {
-            batch.push(b'0');
+        } else if self.is_chunked && self.content.is_empty() && self.zeros < MOST_ZEROS {
+            self.batch.push(b'0');
             self.zeros += 1;
         }
     }
 
     /// A piece of output: an event, or none where the piece only begins a character.
-    pub fn output(&mut self, source: Source, piece: &[u8]) {
-        self.progress(source).bytes += piece.len() as u64;
+    pub fn output(&mut self, source: usize, piece: &[u8]) {
+        self.bytes[source] += piece.len() as u64;
         if !self.is_events {
             return self.content.extend_from_slice(piece);
         }
-        let mut carried = take(&mut self.progress(source).unfinished);
-        let bytes = if carried.is_empty() {
-            piece
-        } else {
-            carried.extend_from_slice(piece);
-            &carried
-        };
+        let mut joined = take(&mut self.unfinished[source]);
+        let mut bytes = piece;
+        if !joined.is_empty() {
+            joined.extend_from_slice(piece);
+            bytes = &joined;
+        }
         let (whole, begun) = bytes.split_at(bytes.len() - unfinished_length(bytes));
-        self.progress(source).unfinished = begun.to_vec();
-        self.text(source.name(), source.name(), whole);
+        self.unfinished[source] = begun.to_vec();
+        self.text(SOURCES[source], SOURCES[source], whole);
     }
 
-    /// The end of an event stream: what was never completed as a character, then the `exit` event.
-    /// Completes the outcome by the numbers of bytes.
-    pub fn exit(&mut self, outcome: &mut Outcome) {
-        outcome.stdout_bytes = self.stdout.bytes;
-        outcome.stderr_bytes = self.stderr.bytes;
-        for source in [Source::Stdout, Source::Stderr] {
-            let begun = take(&mut self.progress(source).unfinished);
-            self.text(source.name(), source.name(), &begun);
+    /// The end: what was never completed as a character; the `exit` event, with `out` as its word; the last
+    /// chunk, which has the outcome of plain text in its trailer. There is no status where nobody knows it.
+    pub fn exit(&mut self, out: &str, status: Option<ExitStatus>, ms: u128) {
+        for (name, begun) in SOURCES.into_iter().zip(take(&mut self.unfinished)) {
+            self.text(name, name, &begun);
         }
-        let number = |number: Option<i32>| number.map_or("null".to_string(), |n| n.to_string());
-        let data = format!(
-            "\"out\":\"{}\",\"code\":{},\"signal\":{},\"ms\":{},\"stdout_bytes\":{},\"stderr_bytes\":{}}}\n\n",
-            outcome.out,
-            number(outcome.code),
-            number(outcome.signal),
-            outcome.ms,
-            outcome.stdout_bytes,
-            outcome.stderr_bytes,
-        );
-        self.event("exit", "exit", data);
-    }
-
-    /// Moves all that was encoded to `batch`, as one chunk.
-    pub fn take_content(&mut self, batch: &mut Vec<u8>) {
-        if self.content.is_empty() {
-            return;
-        }
-        if self.is_chunked {
-            let _ = write!(batch, "{:x}\r\n", self.content.len());
-            batch.append(&mut self.content);
-            batch.extend_from_slice(b"\r\n");
-            self.zeros = 0;
-        } else {
-            batch.append(&mut self.content);
-        }
-    }
-
-    /// The last chunk, with the outcome of plain text as its trailer.
-    pub fn take_last_chunk(&mut self, outcome: &Outcome, batch: &mut Vec<u8>) {
-        if !self.is_chunked {
-            return;
-        }
-        let trailer = match (outcome.code, outcome.signal) {
-            _ if self.is_events => String::new(),
-            (Some(code), _) => format!("Exit-Code: {code}\r\n"),
-            (_, Some(signal)) => format!("Exit-Signal: {signal}\r\n"),
-            (None, None) => String::new(),
+        let code = status.and_then(|status| status.code());
+        let signal = status.and_then(|status| status.signal());
+        let json = |number: Option<i32>| number.map_or("null".to_string(), |it| it.to_string());
+        let numbers = format!(r#""code":{},"signal":{},"ms":{ms}"#, json(code), json(signal));
+        let [stdout, stderr] = self.bytes;
+        let bytes = format!(r#""stdout_bytes":{stdout},"stderr_bytes":{stderr}"#);
+        self.event("exit", "exit", format!("\"out\":\"{out}\",{numbers},{bytes}}}\n\n"));
+        self.close_chunk();
+        let trailer = match (code, signal) {
+            (Some(code), _) if !self.is_events => format!("Exit-Code: {code}\r\n"),
+            (_, Some(signal)) if !self.is_events => format!("Exit-Signal: {signal}\r\n"),
+            _ => String::new(),
         };
-        let _ = write!(batch, "0\r\n{trailer}\r\n");
+        if self.is_chunked {
+            self.batch.extend(format!("0\r\n{trailer}\r\n").bytes());
+        }
     }
 
-    fn progress(&mut self, source: Source) -> &mut Progress {
-        match source {
-            Source::Stdout => &mut self.stdout,
-            Source::Stderr => &mut self.stderr,
+    /// What is to be sent next: all that was encoded, as one chunk behind what was not sent before.
+    pub fn unsent(&mut self) -> &[u8] {
+        self.close_chunk();
+        &self.batch[self.sent..]
+    }
+
+    /// Whether nothing is to be sent.
+    pub fn is_sent(&self) -> bool {
+        self.batch.is_empty() && self.content.is_empty()
+    }
+
+    /// Forgets so much of what was to be sent.
+    pub fn forget(&mut self, length: usize) {
+        self.sent += length;
+        if self.sent == self.batch.len() {
+            self.batch.clear();
+            self.sent = 0;
         }
+    }
+
+    fn close_chunk(&mut self) {
+        let length = self.content.len();
+        if length > 0 && self.is_chunked {
+            // Writing to a Vec does not fail.
+            let _ = write!(self.batch, "{length:x}\r\n");
+            self.batch.append(&mut self.content);
+            self.batch.extend_from_slice(b"\r\n");
+            self.zeros = 0;
+        }
+        self.batch.append(&mut self.content);
     }
 
     /// An event whose `out` is `bytes`, if there are any.
@@ -232,12 +161,11 @@ impl Stream {
     /// An event, or its beginning: what `data` does not close goes on.
     fn event(&mut self, event: &str, kind: &str, data: impl Display) {
         if self.is_events {
-            self.events += 1;
-            let (millis, number) = (unix_millis(), self.events);
-            // Writing to a Vec does not fail.
+            self.last_event += 1;
+            let id = format!("{}-{}", unix_millis(), self.last_event);
             let _ = write!(
                 self.content,
-                "id: {millis}-{number}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{data}"
+                "id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{data}"
             );
         }
     }

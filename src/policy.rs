@@ -3,27 +3,23 @@
 //! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the
 //! browser adds, which the rules look at, and it cannot know a token.
 
-use crate::refusal::Refusal::{self, Command};
+use crate::refusal::{Refusal, ensure, shown};
 use crate::request::{Request, form_fields};
-use crate::{refusal, words};
+use crate::words;
 use std::{hint::black_box, net::IpAddr};
 
-pub const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
-pub const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
-
+const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
+const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 const LARGEST_FORM: u64 = 64 << 10;
-/// Fields by which polyfills of `EventSource` say in a query what `Last-Event-ID` says.
+/// Query fields by which polyfills of `EventSource` say what `Last-Event-ID` says.
 const RECONNECT_FIELDS: [&[u8]; 2] = [b"lastEventId", b"evs_last_event_id"];
 
-const HOST: Refusal = Refusal::Malformed("Host", "send name, name:port or [IPv6]:port");
-const NO_COMMAND: Refusal = Command(
-    "no command",
-    "send URL/run?command=ls, or by curl -N --data-urlencode 'command=ls -l' URL/run",
+const HOST: Refusal = Refusal::Malformed("malformed Host; send NAME, NAME:PORT or [IPv6]:PORT");
+const ESCAPE: Refusal = Refusal::Command("malformed percent-escape; a % itself is sent as %25");
+const TWO_COMMANDS: Refusal = Refusal::Command("more than one command; send one at a time");
+const NO_COMMAND: Refusal = Refusal::Command(
+    "no command; send /run?command=ls, or a form: curl -N --data-urlencode 'command=ls -l'",
 );
-const EMPTY_COMMAND: Refusal = Command("command is empty", "name a program: command=ls");
-const TWO_COMMANDS: Refusal = Command("more than one command", "send one at a time");
-const ESCAPE: Refusal =
-    Command("malformed percent-escape", "a % is sent as %25; curl --data-urlencode does it");
 
 /// What the options say about callers and commands.
 #[derive(Default)]
@@ -37,14 +33,13 @@ pub struct Rules {
 
 /// An `--allow`.
 pub struct Allowed {
-    /// As it was given.
-    pub text: String,
+    text: String,
     words: Vec<Vec<u8>>,
     /// Any further arguments may follow the words.
     is_open: bool,
 }
 
-/// A command line and its words, of which there is at least one.
+/// A command line as it was asked for, and its words, of which there is at least one.
 #[derive(Debug, PartialEq)]
 pub struct CommandLine {
     pub text: Vec<u8>,
@@ -65,7 +60,7 @@ pub enum Verdict {
     /// The head that a run would have.
     Head,
     Run(CommandLine),
-    /// To read the form that holds the command, and to judge that by [`Rules::command`].
+    /// To read the form that holds the command, which [`Rules::command`] judges.
     ReadForm,
 }
 
@@ -73,25 +68,25 @@ impl Rules {
     /// Checks a request, in the order in which refusals take precedence. `local` is the address that its
     /// connection came in on.
     pub fn judge(&self, request: &Request, local: IpAddr) -> Result<Verdict, Refusal> {
-        let (path, method) = (request.path(), request.method.as_str());
-        let is_page = path == "/" && matches!(method, "GET" | "HEAD");
+        let (path, query) = request.path_and_query();
+        let method = request.method.as_str();
         self.check_host(request, local)?;
-        if !is_page {
-            self.check_browser(request)?;
+        // Links to the page work.
+        if path != "/" || !matches!(method, "GET" | "HEAD") {
+            self.check_browser(request, path)?;
         }
         let methods = match path {
             "/" | "/commands" => PAGE_METHODS,
             "/run" => RUN_METHODS,
             _ => return Err(Refusal::NoSuchPath),
         };
-        match method {
-            "OPTIONS" => return Ok(Verdict::Methods(methods)),
-            "GET" | "HEAD" => {}
-            "POST" if path == "/run" => {}
-            "POST" => return Err(Refusal::Method(methods)),
-            _ => return Err(Refusal::UnknownMethod(refusal::shown(method.as_bytes()))),
+        match (method, path) {
+            ("OPTIONS", _) => return Ok(Verdict::Methods(methods)),
+            ("GET" | "HEAD", _) | ("POST", "/run") => {}
+            ("POST", _) => return Err(Refusal::Method(methods)),
+            _ => return Err(Refusal::UnknownMethod(shown(method.as_bytes()))),
         }
-        if is_page {
+        if path == "/" {
             let is_browser = request.accepts("text/html");
             return Ok(if is_browser { Verdict::Page } else { Verdict::Usage });
         }
@@ -99,55 +94,37 @@ impl Rules {
         if path == "/commands" {
             return Ok(Verdict::Commands);
         }
-        if is_reconnect(request) {
+        if is_reconnect(request, query) {
             return Ok(Verdict::Reconnect);
         }
-        let query = request.query().as_bytes();
         if method == "POST" && !has_command(query) {
             check_form(request)?;
             return Ok(Verdict::ReadForm);
         }
         let command = self.command(query)?;
-        Ok(match method {
-            "HEAD" => Verdict::Head,
-            _ => Verdict::Run(command),
-        })
+        Ok(if method == "HEAD" { Verdict::Head } else { Verdict::Run(command) })
     }
 
     /// The one `command` in a query or form, if it may run.
     pub fn command(&self, form: &[u8]) -> Result<CommandLine, Refusal> {
         let mut command = None;
         for (name, value) in form_fields(form).ok_or(ESCAPE)? {
-            if RECONNECT_FIELDS.contains(&name.as_slice()) {
-                continue;
-            }
-            if name != b"command" {
-                return Err(Refusal::OtherField(name));
-            }
-            if command.replace(value).is_some() {
-                return Err(TWO_COMMANDS);
+            if name == b"command" {
+                ensure(command.replace(value).is_none(), TWO_COMMANDS)?;
+            } else if !RECONNECT_FIELDS.contains(&&name[..]) {
+                return Err(Refusal::OtherField(shown(&name)));
             }
         }
         let text = command.ok_or(NO_COMMAND)?;
         let words = words::split(&text)?;
-        if words.is_empty() {
-            return Err(EMPTY_COMMAND);
-        }
-        let is_allowed = self.allowed.iter().any(|allowed| allowed.admits(&words));
-        if !is_allowed && !self.allowed.is_empty() {
-            return Err(Refusal::NotAllowed);
-        }
+        let is_admitted = self.allowed.iter().any(|allowed| allowed.admits(&words));
+        ensure(is_admitted || self.allowed.is_empty(), Refusal::NotAllowed)?;
         Ok(CommandLine { text, words })
     }
 
     /// What may run, a line each, as the options have it; nothing where everything may.
     pub fn listed(&self) -> String {
-        let mut list = String::new();
-        for allowed in &self.allowed {
-            list += &allowed.text;
-            list.push('\n');
-        }
-        list
+        self.allowed.iter().map(|allowed| format!("{}\n", allowed.text)).collect()
     }
 
     /// The foreign origin whose page may read the answer, if the request comes from one.
@@ -166,47 +143,35 @@ impl Rules {
             return Ok(());
         };
         let name = host_name(authority).ok_or(HOST)?;
-        if self.token.is_some() || means_here(&name, local) {
-            return Ok(());
-        }
-        let address = match local {
-            IpAddr::V4(address) => address.to_string(),
-            IpAddr::V6(address) => format!("[{address}]"),
-        };
-        let localhost = if local.is_loopback() { " and to localhost" } else { "" };
-        Err(Refusal::Misdirected(address + localhost))
+        let localhost = if local.is_loopback() { " or localhost" } else { "" };
+        let names = format!("{local}{localhost}");
+        ensure(self.token.is_some() || means_here(&name, local), Refusal::Misdirected(names))
     }
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
-    fn check_browser(&self, request: &Request) -> Result<(), Refusal> {
+    fn check_browser(&self, request: &Request, path: &str) -> Result<(), Refusal> {
         match request.values("origin")[..] {
             [] => {}
             [origin] if is_own(origin, request) || self.admits(origin) => return Ok(()),
-            [origin, ..] => return Err(Refusal::Origin(refusal::shown(origin.as_bytes()))),
+            [origin, ..] => return Err(Refusal::Origin(shown(origin.as_bytes()))),
         }
         let sites = request.values("sec-fetch-site");
-        if sites.iter().any(|site| !["same-origin", "none"].contains(site)) {
-            return Err(Refusal::OtherSite);
-        }
-        if !["/run", "/commands"].contains(&request.path()) {
-            return Ok(());
-        }
-        if request.values("sec-fetch-mode").contains(&"navigate") {
-            return Err(Refusal::Link);
-        }
+        let is_own = sites.iter().all(|site| matches!(*site, "same-origin" | "none"));
+        ensure(is_own, Refusal::OtherSite)?;
+        let is_guarded = matches!(path, "/run" | "/commands");
+        let navigates = request.values("sec-fetch-mode").contains(&"navigate");
+        ensure(!is_guarded || !navigates, Refusal::Link)?;
         let agents = request.values("user-agent");
         let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
-        if is_browser && sites.is_empty() && self.token.is_none() {
-            return Err(Refusal::Browser);
-        }
-        Ok(())
+        let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
+        ensure(!is_guarded || is_known, Refusal::Browser)
     }
 
     /// Whether `--allow-origin` has it. The opaque origin `null` could be anybody's.
     fn admits(&self, origin: &str) -> bool {
-        let is_listed = self.origins.iter().any(|listed| listed == origin || listed == "*");
-        let is_visible = origin.bytes().all(|byte| byte.is_ascii_graphic());
-        is_listed && is_visible && origin.contains("://")
+        let is_origin =
+            origin.contains("://") && origin.bytes().all(|byte| byte.is_ascii_graphic());
+        is_origin && self.origins.iter().any(|listed| listed == origin || listed == "*")
     }
 
     /// The bearer token (RFC 6750 section 2.1).
@@ -214,14 +179,11 @@ impl Rules {
         let Some(token) = &self.token else {
             return Ok(());
         };
-        if let [credentials] = request.values("authorization")[..] {
-            let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
-            let is_same = equals_in_constant_time(token, given.trim_start_matches(' '));
-            if is_same && scheme.eq_ignore_ascii_case("bearer") {
-                return Ok(());
-            }
-        }
-        Err(Refusal::Token)
+        // Two of them are no token: what they make together has a blank in it.
+        let credentials = request.values("authorization").join(" ");
+        let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
+        let is_same = equals_in_constant_time(token, given.trim_start_matches(' '));
+        ensure(is_same && scheme.eq_ignore_ascii_case("bearer"), Refusal::Token)
     }
 }
 
@@ -229,70 +191,57 @@ impl Allowed {
     /// Reads the text of an `--allow`: a command line, and where the text ends in a blank and a bare `*`, one
     /// with any further arguments. A star that is quoted is one, as is one that is all there is.
     pub fn parse(text: &str) -> Result<Allowed, Refusal> {
-        let words = words::split(text.as_bytes())?;
-        if words.is_empty() {
-            return Err(EMPTY_COMMAND);
+        let mut words = words::split(text.as_bytes())?;
+        let start = text.strip_suffix(" *").or(text.strip_suffix("\t*")).unwrap_or_default();
+        // The blank may belong to a word, by a quote or a backslash; then so does the star.
+        let is_open =
+            words::split(start.as_bytes()).is_ok_and(|start| start == words[..words.len() - 1]);
+        if is_open {
+            words.pop();
         }
-        if let Some(start) = text.strip_suffix(" *").or(text.strip_suffix("\t*")) {
-            // Where the blank belongs to a word, by a quote or a backslash, this is another word than `*`.
-            let first = words::split(start.as_bytes()).unwrap_or_default();
-            if words.len() == first.len() + 1 && words.starts_with(&first) && !first.is_empty() {
-                return Ok(Allowed { text: text.to_string(), words: first, is_open: true });
-            }
-        }
-        Ok(Allowed { text: text.to_string(), words, is_open: false })
+        Ok(Allowed { text: text.to_string(), words, is_open })
     }
 
     fn admits(&self, words: &[Vec<u8>]) -> bool {
-        if self.is_open { words.starts_with(&self.words) } else { words == self.words }
+        words == self.words || (self.is_open && words.starts_with(&self.words))
     }
 }
 
+/// Whether the origin is this server's own, by the name that the request has for it.
 fn is_own(origin: &str, request: &Request) -> bool {
-    let host = request.values("host").first().copied();
-    host.is_some() && origin.strip_prefix("http://") == host
+    let hosts = request.values("host");
+    !hosts.is_empty() && origin.strip_prefix("http://") == Some(hosts[0])
 }
 
-/// Whether the request asks to go on with what has ended: an `EventSource`'s own reconnect, that of a
-/// polyfill, or the next part of a broken answer, as wget has it.
-fn is_reconnect(request: &Request) -> bool {
-    let has_last_id = request.values("last-event-id").iter().any(|id| !id.is_empty());
-    if has_last_id || !request.values("range").is_empty() {
-        return true;
+/// Whether the request asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill,
+/// or, as wget has it, the rest of an answer that broke off.
+fn is_reconnect(request: &Request, query: &[u8]) -> bool {
+    let mut ids = request.values("last-event-id").join("").into_bytes();
+    for (name, value) in form_fields(query).unwrap_or_default() {
+        if RECONNECT_FIELDS.contains(&&name[..]) {
+            ids.extend(value);
+        }
     }
-    let fields = form_fields(request.query().as_bytes()).unwrap_or_default();
-    let is_last_id = |(name, value): &(Vec<u8>, Vec<u8>)| {
-        RECONNECT_FIELDS.contains(&&name[..]) && !value.is_empty()
-    };
-    fields.iter().any(is_last_id)
+    !ids.is_empty() || !request.values("range").is_empty()
 }
 
-/// Whether the query is where the command is, rather than the content. Any field but those of a reconnect
-/// is to be looked at there, since it is refused there.
+/// Whether the query has anything but the fields of a reconnect, right or wrong: then the command is there.
 fn has_command(query: &[u8]) -> bool {
-    let fields = form_fields(query);
-    fields.is_none_or(|fields| {
-        let is_other = |field: &(Vec<u8>, Vec<u8>)| !RECONNECT_FIELDS.contains(&&field.0[..]);
-        fields.iter().any(is_other)
-    })
+    let Some(fields) = form_fields(query) else {
+        return true;
+    };
+    !fields.iter().all(|(name, _)| RECONNECT_FIELDS.contains(&&name[..]))
 }
 
 /// Whether the content can be the form that holds the command.
 fn check_form(request: &Request) -> Result<(), Refusal> {
-    if request.content_length == 0 {
-        return Err(NO_COMMAND);
-    }
+    ensure(request.content_length > 0, NO_COMMAND)?;
     for value in request.values("content-type") {
-        let (media_type, _) = value.split_once(';').unwrap_or((value, ""));
-        let is_form = media_type.trim().eq_ignore_ascii_case("application/x-www-form-urlencoded");
-        if !is_form {
-            return Err(Refusal::NotAForm(refusal::shown(media_type.trim().as_bytes())));
-        }
+        let media_type = value.split(';').next().unwrap_or_default().trim();
+        let is_form = media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded");
+        ensure(is_form, Refusal::NotAForm(shown(media_type.as_bytes())))?;
     }
-    if request.content_length > LARGEST_FORM {
-        return Err(Refusal::FormTooLarge);
-    }
-    Ok(())
+    ensure(request.content_length <= LARGEST_FORM, Refusal::FormTooLarge)
 }
 
 /// In a time that does not tell how much of it was right. The length of a token is no secret.

@@ -12,34 +12,35 @@ pub struct Process {
     pub parent: u32,
     pub group: u32,
     pub session: u32,
-    /// When it started, in clock ticks since the host did. With the number it tells one process from
-    /// another that has got its number since.
+    /// When it started, in clock ticks since the host did.
     pub start: u64,
     /// Dead, but not reaped.
     pub is_zombie: bool,
 }
 
+impl Process {
+    /// Whether it is that very process, and not one that has got its number since.
+    pub fn is_same(&self, other: &Process) -> bool {
+        (self.pid, self.start) == (other.pid, other.start)
+    }
+}
+
 /// Whether `/proc` is there, and shows this process by the number that it has for itself: in the `/proc`
 /// of another namespace all numbers mean other processes.
 pub fn is_known() -> bool {
-    let own = fs::read_link("/proc/self");
-    own.is_ok_and(|number| number.as_os_str() == std::process::id().to_string().as_str())
+    let own = fs::read_link("/proc/self").unwrap_or_default();
+    own.to_str() == Some(&std::process::id().to_string())
 }
 
 /// All processes, in no order; none where [`is_known`] does not hold.
 pub fn all() -> Vec<Process> {
     let mut processes = Vec::new();
-    if !is_known() {
-        return processes;
-    }
-    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        // A process may have ended since the folder was read.
-        let stat = fs::read(entry.path().join("stat")).unwrap_or_default();
-        processes.extend(parse(pid, &stat));
+    if is_known() {
+        for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            // Not every folder is a process, and a process may have ended since.
+            let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
+            processes.extend(parse(&String::from_utf8_lossy(&stat)));
+        }
     }
     processes
 }
@@ -50,50 +51,49 @@ pub fn recent() -> Arc<Vec<Process>> {
     static LAST: Mutex<Option<(Instant, Arc<Vec<Process>>)>> = Mutex::new(None);
     let asked = Instant::now();
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some((begun, processes)) = &*last {
-        if *begun > asked {
-            return processes.clone();
+    match &*last {
+        Some((begun, processes)) if *begun > asked => processes.clone(),
+        _ => {
+            let (begun, processes) = (Instant::now(), Arc::new(all()));
+            *last = Some((begun, processes.clone()));
+            processes
         }
     }
-    let begun = Instant::now();
-    let processes = Arc::new(all());
-    *last = Some((begun, processes.clone()));
-    processes
 }
 
-/// Of `all`, those of `session` that are `leader`, or one of `known`, or descend from any of these.
-pub fn family(all: &[Process], session: u32, leader: u32, known: &[Process]) -> Vec<Process> {
-    let is_root = |process: &Process| {
-        let is_known = |other: &Process| other.pid == process.pid && other.start == process.start;
-        process.pid == leader || known.iter().any(is_known)
-    };
-    let (mut family, mut others): (Vec<_>, Vec<_>) =
-        all.iter().filter(|process| process.session == session).cloned().partition(is_root);
-    // Each round finds the children of those found before, until there are none.
+/// Of `all`, `leader`, those of `known` that are still there, and all that descend from these: as far as they
+/// belong to the session that the server leads, and all commands share.
+pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
+    let mut family: Vec<Process> = Vec::new();
+    // Each round adds the children of those found before, until there are none.
     loop {
-        let is_child = |process: &Process| family.iter().any(|found| found.pid == process.parent);
-        let (children, rest): (Vec<_>, Vec<_>) = others.into_iter().partition(is_child);
-        if children.is_empty() {
+        let before = family.len();
+        for process in all.iter().filter(|process| process.session == std::process::id()) {
+            let is_root = process.pid == leader || known.iter().any(|one| one.is_same(process));
+            let is_child = family.iter().any(|parent| parent.pid == process.parent);
+            if (is_root || is_child) && !family.contains(process) {
+                family.push(process.clone());
+            }
+        }
+        if family.len() == before {
             return family;
         }
-        family.extend(children);
-        others = rest;
     }
 }
 
-fn parse(pid: u32, stat: &[u8]) -> Option<Process> {
-    // The second field is the program's name in brackets, which may itself hold brackets and blanks.
-    let name_end = stat.iter().rposition(|&byte| byte == b')')?;
-    let rest = std::str::from_utf8(&stat[name_end + 1..]).ok()?;
-    // proc_pid_stat(5) counts from 1; here 0 is its third field, the state.
-    let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+/// The fields of a `stat` file. The second is the program's name in brackets, which may itself hold brackets
+/// and blanks; here 0 is the one after it, the state.
+fn parse(stat: &str) -> Option<Process> {
+    let (start, rest) = stat.rsplit_once(") ")?;
+    let (pid, _) = start.split_once(' ')?;
+    let fields: Vec<&str> = rest.split(' ').collect();
     let number = |place: usize| fields.get(place)?.parse().ok();
     Some(Process {
-        pid,
+        pid: pid.parse().ok()?,
         parent: number(1)?,
         group: number(2)?,
         session: number(3)?,
         start: fields.get(19)?.parse().ok()?,
-        is_zombie: fields[0] == "Z" || fields[0] == "X",
+        is_zombie: matches!(fields[0], "Z" | "X"),
     })
 }

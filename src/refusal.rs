@@ -1,21 +1,24 @@
 //! Every reason not to run a command, and the one place where a reason becomes a status (RFC 9110 section
-//! 15) and words. A reader of the words knows what was expected, and how to get there.
+//! 15) and words. Who reads the words knows what was expected, and how to get there.
+
+use std::io::ErrorKind;
 
 /// Why a request is refused.
 #[derive(Debug, PartialEq)]
 pub enum Refusal {
+    /// Nobody is there to be told: the connection ended or failed, or no request has begun.
+    Gone,
     /// Not by the grammar of HTTP/1: which part, and what was expected. Where the next request would begin
     /// is unknown.
-    Malformed(&'static str, &'static str),
-    /// The HTTP major version is not 1.
+    Malformed(&'static str),
     Version,
     LineTooLong,
     HeadTooLarge,
-    /// What was read did not arrive whole in time: the head, or the form.
-    Late(&'static str),
+    /// The head, or then the form, did not arrive whole in time.
+    Late,
     TransferEncoding,
     Expectation,
-    /// `Host` may be another site's name. With the address that is meant.
+    /// `Host` may be another site's name. With what it may be.
     Misdirected(String),
     /// `Origin` is this one, and not allowed.
     Origin(String),
@@ -27,32 +30,21 @@ pub enum Refusal {
     Method(&'static str),
     UnknownMethod(String),
     Token,
+    /// Content of this media type, where the command was to come from it.
     NotAForm(String),
     FormTooLarge,
     /// Something is wrong with the command: what, and what would be right.
-    Command(&'static str, &'static str),
+    Command(&'static str),
     /// A query or form has this field, which is not `command`.
-    OtherField(Vec<u8>),
+    OtherField(String),
     NotAllowed,
-    /// There is no such program.
-    NoProgram(Vec<u8>),
+    NoProgram(String),
     /// The program is there, but cannot be run: what the system says.
-    CannotRun(Vec<u8>, String),
-    /// Nothing is wrong with the request, but there is no room for it now: of what.
+    CannotRun(String, String),
+    /// Nothing is wrong with the request, but there is no room for it now.
     Busy(&'static str),
 }
 
-/// A refusal, told to somebody.
-pub struct Told {
-    pub status: u16,
-    /// What is wrong: for the log, and the beginning of what the client gets.
-    pub why: String,
-    /// What was expected, and how to get there: for the client.
-    pub remedy: String,
-}
-
-/// What a client can do that cannot be sure of its encoding.
-const ENCODE: &str = "let curl encode it: curl -N --data-urlencode 'command=ls -l' URL/run";
 /// The longest piece of what a client sent that it is shown again.
 const LONGEST_SHOWN: usize = 100;
 /// What shells have built in, or as a part of their grammar, and people therefore type.
@@ -61,6 +53,67 @@ const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eva
     umask unalias unset until wait while ";
 
 impl Refusal {
+    /// The status; and in one line what is wrong, a semicolon, what was expected and how to get there. What
+    /// was sent stands there for each `{}`.
+    pub fn told(&self) -> (u16, String) {
+        use Refusal::*;
+        let (status, words) = match self {
+            Gone => (0, ""),
+            Malformed(words) | Command(words) => (400, *words),
+            OtherField(_) => (
+                400,
+                "a field other than command: {}; if its & is the command's, send \
+                %26, or curl --data-urlencode 'command=…'",
+            ),
+            Token => (401, "token missing or wrong; send the field Authorization: Bearer TOKEN"),
+            Origin(_) => (403, "origin not allowed; --allow-origin {} would admit its pages"),
+            OtherSite => (403, "another site's page calls; --allow-origin would admit it"),
+            Link => (403, "a link runs nothing; link to the page and fill it in: /#uptime"),
+            Browser => (403, "User-Agent Mozilla/ is a browser's; send another one, or a token"),
+            NotAllowed => (403, "command not allowed; GET /commands lists what is"),
+            CannotRun(_, why) => return (403, format!("{}: cannot be run; {why}", self.sent())),
+            NoProgram(name) => return (404, format!("{name}: no such program; {}", about(name))),
+            NoSuchPath => (404, "no such path; there are /, /run and /commands"),
+            Method(_) => (405, "method not for this path; it has {}"),
+            Late => (408, "request did not arrive in time; head and form have 5 s each"),
+            TransferEncoding => (
+                411,
+                "content without a length; send Content-Length instead of \
+                Transfer-Encoding: curl --data-binary @- does, curl -T - does not",
+            ),
+            FormTooLarge => (413, "form over 64 KiB; send what is long as standard input"),
+            LineTooLong => (414, "request line over 8 KiB; send a long command as a form"),
+            NotAForm(_) => (
+                415,
+                "content is no form but {}; send the command by \
+                curl --data-urlencode 'command=ls -l'",
+            ),
+            Expectation => (417, "Expect is not 100-continue; leave it out"),
+            Misdirected(_) => {
+                (421, "Host is not this address; it is {}, and with a token any name")
+            }
+            HeadTooLarge => (431, "head over 16 KiB or 100 fields; send fewer"),
+            UnknownMethod(_) => (
+                501,
+                "method not implemented; instead of {} send GET, or POST: \
+                curl --data-binary @FILE",
+            ),
+            Busy(_) => (503, "no {} to be had; try again in a moment"),
+            Version => (505, "HTTP version is not 1.x; send HTTP/1.1"),
+        };
+        (status, words.replace("{}", self.sent()))
+    }
+
+    fn sent(&self) -> &str {
+        use Refusal::*;
+        match self {
+            Misdirected(text) | Origin(text) | UnknownMethod(text) | NotAForm(text) => text,
+            OtherField(text) | NoProgram(text) | CannotRun(text, _) => text,
+            Method(text) | Busy(text) => text,
+            _ => "",
+        }
+    }
+
     /// By what exit status a shell says so (XCU 2.8.2), where a command cannot be started: 127 where there
     /// is no such program, 126 where it cannot be run.
     pub fn exit_code(&self) -> Option<i32> {
@@ -76,105 +129,32 @@ impl Refusal {
         use Refusal::*;
         matches!(
             self,
-            Malformed(..) | Version | LineTooLong | HeadTooLarge | Late(_) | TransferEncoding
+            Malformed(_) | Version | LineTooLong | HeadTooLarge | Late | TransferEncoding
         )
-    }
-
-    /// The status and the words.
-    pub fn told(&self) -> Told {
-        use Refusal::*;
-        match self {
-            Malformed(part, expected) => told(400, format!("malformed {part}"), *expected),
-            Version => told(505, "HTTP version is not 1.x", "send HTTP/1.1 or HTTP/1.0"),
-            LineTooLong => told(
-                414,
-                "request line over 8 KiB",
-                "send a long command as a form: curl -N --data-urlencode 'command=…' URL/run",
-            ),
-            HeadTooLarge => told(431, "head over 16 KiB or 100 fields", "send fewer fields"),
-            Late(what) => told(408, *what, "it has 5 seconds to arrive whole"),
-            TransferEncoding => told(
-                411,
-                "Transfer-Encoding is not taken",
-                "content needs a Content-Length: curl --data-binary @- has one, curl -T - has none",
-            ),
-            Expectation => told(417, "Expect is not 100-continue", "leave the field out"),
-            Misdirected(address) => told(
-                421,
-                "Host is not this address",
-                format!("it answers to {address}; with --token-file it answers to any name"),
-            ),
-            Origin(origin) => told(
-                403,
-                "origin not allowed",
-                format!("{origin} is not this server's; --allow-origin would admit its pages"),
-            ),
-            OtherSite => told(
-                403,
-                "another site's page calls (Sec-Fetch-Site)",
-                "open the page of this server, or admit the other one by --allow-origin",
-            ),
-            Link => told(
-                403,
-                "a link runs nothing (Sec-Fetch-Mode)",
-                "link to the page with the command filled in: /#uptime",
-            ),
-            Browser => told(
-                403,
-                "a browser without Origin and Sec-Fetch-Site (User-Agent is Mozilla/)",
-                "open the page at /, send another User-Agent, or set a token",
-            ),
-            NoSuchPath => told(404, "no such path", "there are /, /run and /commands"),
-            Method(methods) => told(405, "method not for this path", format!("it has {methods}")),
-            UnknownMethod(method) => told(
-                501,
-                "method not implemented",
-                format!("{method} is not known here; send GET or POST (curl --data-binary @FILE)"),
-            ),
-            Token => told(
-                401,
-                "token missing or wrong",
-                "send it in the field Authorization: Bearer TOKEN",
-            ),
-            NotAForm(media_type) => told(
-                415,
-                "content is not a form",
-                format!("{media_type} holds no command here; {ENCODE}"),
-            ),
-            FormTooLarge => told(
-                413,
-                "form over 64 KiB",
-                "send what is long to the command's input: curl --data-binary @FILE URL/run?command=cat",
-            ),
-            Command(what, remedy) => told(400, *what, *remedy),
-            OtherField(name) if name.is_empty() => told(400, "an & that is not encoded", ENCODE),
-            OtherField(name) => told(
-                400,
-                format!("a field other than command: {}", shown(name)),
-                format!("perhaps an & that is not encoded; {ENCODE}"),
-            ),
-            NotAllowed => told(403, "command not allowed", "/commands lists what is"),
-            NoProgram(name) => {
-                let name = shown(name);
-                let shell = if SHELL_WORDS.contains(&format!(" {name} ")) {
-                    format!(
-                        "it is a word of the shell's, and no shell is started: sh -c '{name} …'"
-                    )
-                } else if name.contains('/') {
-                    "neither it, or else the interpreter that its #! names, is there".to_string()
-                } else {
-                    "not on the server's PATH (no shell is started: sh -c '…')".to_string()
-                };
-                told(404, format!("{name}: no such program"), shell)
-            }
-            CannotRun(name, why) => told(403, format!("{}: cannot be run", shown(name)), why),
-            Busy(what) => told(503, format!("no {what} to be had"), "try again in a moment"),
-        }
     }
 }
 
-fn told(status: u16, why: impl Into<String>, remedy: impl Into<String>) -> Told {
-    Told { status, why: why.into(), remedy: remedy.into() }
+/// Refuses, unless it is so.
+pub fn ensure(is_so: bool, refusal: Refusal) -> Result<(), Refusal> {
+    if is_so { Ok(()) } else { Err(refusal) }
+}
+
+impl From<std::io::Error> for Refusal {
+    /// What it means that reading a request fails.
+    fn from(error: std::io::Error) -> Refusal {
+        if error.kind() == ErrorKind::TimedOut { Refusal::Late } else { Refusal::Gone }
+    }
+}
+
+/// Why a program may not be there that somebody expected.
+fn about(name: &str) -> String {
+    if SHELL_WORDS.contains(&format!(" {name} ")) {
+        format!("it is a word of the shell's, and no shell is started: sh -c '{name} …'")
+    } else if name.contains('/') {
+        "neither it, or else the interpreter that its #! names, is there".to_string()
+    } else {
+        "it is not on the server's PATH, and no shell is started: sh -c '…'".to_string()
+    }
 }
 
 /// What a client sent, as it can be shown in a line: controls escaped, cut where it is long.
@@ -188,4 +168,11 @@ pub fn shown(bytes: &[u8]) -> String {
         }
     }
     shown
+}
+
+/// The system's words for an error, without the number that std puts behind them.
+pub fn words_of(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let (words, _) = text.split_once(" (os error").unwrap_or((&text, ""));
+    words.to_string()
 }

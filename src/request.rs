@@ -2,7 +2,8 @@
 //! since two programs that mend a message in different ways are how requests are smuggled.
 
 use crate::refusal::Refusal::{self, Malformed};
-use std::io::{self, BufRead, ErrorKind, Read};
+use crate::refusal::ensure;
+use std::io::{BufRead, Read};
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
 const LONGEST_LINE: usize = 8 << 10;
@@ -14,12 +15,12 @@ const LONGEST_CONTENT: u64 = i64::MAX as u64;
 /// Optional whitespace (RFC 9110 section 5.6.3).
 const OWS: [char; 2] = [' ', '\t'];
 
-const LINE: Refusal = Malformed("request line", "send METHOD /path HTTP/1.1");
-const FIELD: Refusal = Malformed("field", "send Name: value");
-const LINE_END: Refusal = Malformed("line end", "end each line of the head with CRLF");
-const CUT: Refusal = Malformed("request", "it breaks off before the empty line");
-const LENGTH: Refusal = Malformed("Content-Length", "send one number of bytes");
-const HOST: Refusal = Malformed("request", "HTTP/1.1 needs exactly one Host");
+const LINE: Refusal = Malformed("malformed request line; send METHOD /path HTTP/1.1");
+const FIELD: Refusal = Malformed("malformed field; send Name: value");
+const LINE_END: Refusal = Malformed("bare CR or LF; end each line of the head with CRLF");
+const CUT: Refusal = Malformed("request breaks off; the head ends with an empty line");
+const LENGTH: Refusal = Malformed("malformed Content-Length; send one number of bytes");
+const HOST: Refusal = Malformed("no Host, or more than one; HTTP/1.1 needs exactly one");
 
 /// What was sent: the request line and the fields, and nothing that was decided about them.
 #[derive(Default)]
@@ -36,38 +37,13 @@ pub struct Request {
     fields: Vec<(String, String)>,
 }
 
-/// Why there is no request.
-#[derive(Debug, PartialEq)]
-pub enum Failure {
-    /// The connection ended, or stayed silent, before one began; or it failed.
-    Gone,
-    Refused(Refusal),
-}
-
-impl From<Refusal> for Failure {
-    fn from(refusal: Refusal) -> Failure {
-        Failure::Refused(refusal)
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Failure {
-        match error.kind() {
-            ErrorKind::TimedOut => {
-                Failure::Refused(Refusal::Late("request did not arrive in time"))
-            }
-            _ => Failure::Gone,
-        }
-    }
-}
-
 impl Request {
     /// Reads a head into an empty request, which keeps what was read also where the rest is refused, for
     /// the log. One empty line before it is skipped (RFC 9112 section 2.2).
-    pub fn read(&mut self, input: &mut impl BufRead) -> Result<(), Failure> {
+    pub fn read(&mut self, input: &mut impl BufRead) -> Result<(), Refusal> {
         match input.fill_buf() {
             Ok(begun) if !begun.is_empty() => {}
-            _ => return Err(Failure::Gone),
+            _ => return Err(Refusal::Gone),
         }
         let mut line = read_line(input, LONGEST_LINE, Refusal::LineTooLong)?;
         if line.is_empty() {
@@ -81,9 +57,7 @@ impl Request {
             if line.is_empty() {
                 break;
             }
-            if self.fields.len() == MOST_FIELDS {
-                return Err(Refusal::HeadTooLarge.into());
-            }
+            ensure(self.fields.len() < MOST_FIELDS, Refusal::HeadTooLarge)?;
             room = room.checked_sub(line.len() + 2).ok_or(Refusal::HeadTooLarge)?;
             self.fields.push(parse_field(&line)?);
         }
@@ -91,50 +65,33 @@ impl Request {
         Ok(())
     }
 
-    pub fn path(&self) -> &str {
-        let (path, _) = self.target.split_once('?').unwrap_or((&self.target, ""));
-        path
-    }
-
-    /// What follows the `?`.
-    pub fn query(&self) -> &str {
-        let (_, query) = self.target.split_once('?').unwrap_or((&self.target, ""));
-        query
+    /// The target's path, and its query as bytes, both as sent.
+    pub fn path_and_query(&self) -> (&str, &[u8]) {
+        let (path, query) = self.target.split_once('?').unwrap_or((&self.target, ""));
+        (path, query.as_bytes())
     }
 
     /// The values of every field of that name, given in lower case, in order.
     pub fn values(&self, name: &str) -> Vec<&str> {
-        let mut values = Vec::new();
-        for (other, value) in &self.fields {
-            if other == name {
-                values.push(value.as_str());
-            }
-        }
-        values
+        let named = self.fields.iter().filter(|field| field.0 == name);
+        named.map(|field| field.1.as_str()).collect()
     }
 
     /// The elements of a list field (RFC 9110 section 5.6.1), in lower case.
     pub fn elements(&self, name: &str) -> Vec<String> {
-        let mut elements = Vec::new();
-        for value in self.values(name) {
-            for element in value.split(',') {
-                elements.push(element.trim_matches(OWS).to_ascii_lowercase());
-            }
-        }
-        elements
+        let list = self.values(name).join(",").to_ascii_lowercase();
+        list.split(',').map(|element| element.trim_matches(OWS).to_string()).collect()
     }
 
     /// Whether `Accept` names that very media type, and not with a weight of 0 (RFC 9110 section 12.5.1).
     pub fn accepts(&self, media_type: &str) -> bool {
-        for element in self.elements("accept") {
+        let names = |element: &String| {
             let mut parts = element.split(';').map(|part| part.trim_matches(OWS));
-            if parts.next() == Some(media_type) {
-                let weight = parts.find_map(|part| part.strip_prefix("q="));
-                let digits = weight.unwrap_or("1");
-                return digits.bytes().any(|digit| matches!(digit, b'1'..=b'9'));
-            }
-        }
-        false
+            let is_it = parts.next() == Some(media_type);
+            let weight = parts.find_map(|part| part.strip_prefix("q=")).unwrap_or("1");
+            is_it && weight.contains(|digit| matches!(digit, '1'..='9'))
+        };
+        self.elements("accept").iter().any(names)
     }
 
     /// Events, unless plain text is named, and neither they nor anything at all.
@@ -164,46 +121,35 @@ impl Request {
             return Err(LINE);
         };
         let is_path = target.starts_with('/') && target.bytes().all(|byte| byte.is_ascii_graphic());
-        if !is_token(method) || !is_path {
-            return Err(LINE);
-        }
-        self.minor_version = match version.as_bytes() {
-            [b'H', b'T', b'T', b'P', b'/', b'1', b'.', minor @ b'0'..=b'9'] => minor - b'0',
-            [b'H', b'T', b'T', b'P', b'/', b'0'..=b'9', b'.', b'0'..=b'9'] => {
-                return Err(Refusal::Version);
-            }
+        ensure(is_token(method) && is_path, LINE)?;
+        self.minor_version = match version.strip_prefix("HTTP/").map(str::as_bytes) {
+            Some([b'1', b'.', minor @ b'0'..=b'9']) => minor - b'0',
+            Some([b'0'..=b'9', b'.', b'0'..=b'9']) => return Err(Refusal::Version),
             _ => return Err(LINE),
         };
-        self.method = method.to_string();
-        self.target = target.to_string();
+        (self.method, self.target) = (method.to_string(), target.to_string());
         Ok(())
     }
 
-    /// How the content is delimited, if there is any (RFC 9112 section 6), and what the client expects.
+    /// How the content is delimited, if there is any (RFC 9112 section 6), what the client expects, and that
+    /// it says which host it means.
     fn check_framing(&mut self) -> Result<(), Refusal> {
-        if !self.values("transfer-encoding").is_empty() {
-            return Err(Refusal::TransferEncoding);
-        }
+        ensure(self.values("transfer-encoding").is_empty(), Refusal::TransferEncoding)?;
         self.content_length = match self.values("content-length")[..] {
             [] => 0,
-            [length] if !length.is_empty() && length.bytes().all(|byte| byte.is_ascii_digit()) => {
-                let length = length.parse().map_err(|_| LENGTH)?;
-                if length > LONGEST_CONTENT {
-                    return Err(LENGTH);
-                }
-                length
-            }
+            [length] if is_digits(length) => length.parse().map_err(|_| LENGTH)?,
             _ => return Err(LENGTH),
         };
-        let is_other = |element: &String| element != "100-continue";
-        if self.minor_version > 0 && self.elements("expect").iter().any(is_other) {
-            return Err(Refusal::Expectation);
+        ensure(self.content_length <= LONGEST_CONTENT, LENGTH)?;
+        let is_old = self.minor_version == 0;
+        let expectations = self.elements("expect");
+        let is_met = |element: &String| element.is_empty() || element == "100-continue";
+        ensure(is_old || expectations.iter().all(is_met), Refusal::Expectation)?;
+        match self.values("host").len() {
+            0 if is_old => Ok(()),
+            1 => Ok(()),
+            _ => Err(HOST),
         }
-        let hosts = self.values("host").len();
-        if hosts > 1 || (hosts == 0 && self.minor_version > 0) {
-            return Err(HOST);
-        }
-        Ok(())
     }
 }
 
@@ -212,16 +158,16 @@ fn read_line(
     input: &mut impl BufRead,
     limit: usize,
     too_long: Refusal,
-) -> Result<Vec<u8>, Failure> {
+) -> Result<Vec<u8>, Refusal> {
     let mut line = Vec::new();
     let longest = limit + 2;
     input.take(longest as u64).read_until(b'\n', &mut line)?;
     if line.pop() != Some(b'\n') {
         let is_cut = line.len() + 1 < longest;
-        return Err(if is_cut { CUT } else { too_long }.into());
+        return Err(if is_cut { CUT } else { too_long });
     }
     if line.pop() != Some(b'\r') || line.contains(&b'\r') {
-        return Err(LINE_END.into());
+        return Err(LINE_END);
     }
     Ok(line)
 }
@@ -231,11 +177,13 @@ fn parse_field(line: &[u8]) -> Result<(String, String), Refusal> {
     let text: String = line.iter().map(|&byte| char::from(byte)).collect();
     let (name, value) = text.split_once(':').ok_or(FIELD)?;
     let is_control = |character: char| character.is_ascii_control() && character != '\t';
-    if !is_token(name) || value.contains(is_control) {
-        return Err(FIELD);
-    }
+    ensure(is_token(name) && !value.contains(is_control), FIELD)?;
     let value = value.trim_matches(OWS).to_string();
     Ok((name.to_ascii_lowercase(), value))
+}
+
+fn is_digits(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// RFC 9110 section 5.6.2.
@@ -245,20 +193,16 @@ fn is_token(text: &str) -> bool {
 }
 
 /// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1):
-/// names and values, decoded. Nothing between two `&` is a field without a name; `None` where a
+/// names and values, decoded. What stands between two `&` is a field, even nothing. `None` where a
 /// percent-escape is malformed.
 pub fn form_fields(form: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
     let mut fields = Vec::new();
-    if form.is_empty() {
-        return Some(fields);
-    }
     for field in form.split(|&byte| byte == b'&') {
         let mut halves = field.splitn(2, |&byte| byte == b'=');
-        let name = percent_decode(halves.next().unwrap_or_default())?;
-        let value = percent_decode(halves.next().unwrap_or_default())?;
-        fields.push((name, value));
+        let mut half = || percent_decode(halves.next().unwrap_or_default());
+        fields.push((half()?, half()?));
     }
-    Some(fields)
+    if form.is_empty() { Some(Vec::new()) } else { Some(fields) }
 }
 
 /// A `+` is a space. `None` where a percent-escape is malformed.

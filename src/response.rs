@@ -1,12 +1,13 @@
 //! Responses as bytes.
 
-use crate::clock;
-use crate::refusal::Refusal;
-use crate::request::Request;
+use crate::{clock, refusal::Refusal, request::Request};
 
-pub const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+pub const CONTINUE: &str = "HTTP/1.1 100 Continue\r\n\r\n";
 
+/// The text of `--help`.
+pub const USAGE: &str = include_str!("usage.txt");
 const PAGE: &[u8] = include_bytes!("console.html");
+const EVENTS: &str = "Content-Type: text/event-stream\r\n";
 const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
 /// Never an old page after an upgrade; nothing but this very script and style, and this server to talk to.
@@ -44,7 +45,7 @@ impl Context<'_> {
 
     /// The answer to OPTIONS: a CORS preflight, where the origin is a foreign one that is allowed.
     pub fn methods(&self, methods: &str) -> Vec<u8> {
-        let preflight = if self.origin.is_some() { PREFLIGHT_FIELDS } else { "" };
+        let preflight = when(self.origin.is_some(), PREFLIGHT_FIELDS);
         self.head(204, &format!("Allow: {methods}\r\n{preflight}"))
     }
 
@@ -55,38 +56,25 @@ impl Context<'_> {
 
     /// One line in words.
     pub fn refusal(&self, refusal: &Refusal) -> Vec<u8> {
-        let told = refusal.told();
+        let (status, words) = refusal.told();
         let field = match refusal {
             Refusal::Method(methods) => format!("Allow: {methods}\r\n"),
             Refusal::Token => "WWW-Authenticate: Bearer\r\n".to_string(),
             Refusal::Busy(_) => "Retry-After: 1\r\n".to_string(),
             _ => String::new(),
         };
-        let line = format!("{}: {}\n", told.why, told.remedy);
-        self.whole(told.status, &(field + PLAIN), line.as_bytes())
+        self.whole(status, &(field + PLAIN), format!("{words}\n").as_bytes())
     }
 
     /// The head of a command's stream.
     pub fn stream_head(&self) -> Vec<u8> {
-        let is_chunked = self.request.minor_version > 0;
-        let mut fields = String::new();
-        if self.request.wants_events() {
-            fields += "Content-Type: text/event-stream\r\n";
-        } else {
-            fields += PLAIN;
-        }
-        fields += "Cache-Control: no-cache\r\n";
-        if !self.closes {
-            fields += "Connection: keep-alive\r\n";
-        }
-        fields += "X-Accel-Buffering: no\r\n";
-        if is_chunked {
-            fields += "Transfer-Encoding: chunked\r\n";
-        }
-        if is_chunked && !self.request.wants_events() {
-            fields += "Trailer: Exit-Code, Exit-Signal\r\n";
-        }
-        self.head(200, &fields)
+        let (is_chunked, is_events) = (self.request.minor_version > 0, self.request.wants_events());
+        let media_type = if is_events { EVENTS } else { PLAIN };
+        let stays = when(!self.closes, "Connection: keep-alive\r\n");
+        let chunks = when(is_chunked, "Transfer-Encoding: chunked\r\n");
+        let trailer = when(is_chunked && !is_events, "Trailer: Exit-Code, Exit-Signal\r\n");
+        let start = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
+        self.head(200, &format!("{start}X-Accel-Buffering: no\r\n{chunks}{trailer}"))
     }
 
     fn whole(&self, status: u16, fields: &str, content: &[u8]) -> Vec<u8> {
@@ -100,19 +88,19 @@ impl Context<'_> {
 
     /// The status line and the fields, with those that every response has.
     fn head(&self, status: u16, fields: &str) -> Vec<u8> {
-        let date = clock::imf_fixdate(clock::unix_millis());
-        let phrase = phrase(status);
+        let (phrase, date) = (phrase(status), clock::imf_fixdate(clock::unix_millis()));
+        let close = when(self.closes, "Connection: close\r\n");
         let mut head = format!("HTTP/1.1 {status} {phrase}\r\nDate: {date}\r\n{fields}");
         if let Some(origin) = &self.origin {
             head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
         }
-        head += "X-Content-Type-Options: nosniff\r\n";
-        if self.closes {
-            head += "Connection: close\r\n";
-        }
-        head += "\r\n";
+        head += &format!("X-Content-Type-Options: nosniff\r\n{close}\r\n");
         head.into_bytes()
     }
+}
+
+fn when(is_so: bool, text: &str) -> &str {
+    if is_so { text } else { "" }
 }
 
 /// RFC 9110 section 15; 431 is RFC 6585.

@@ -6,22 +6,23 @@
 //! command down. Once a tick the connection's thread looks at all that ends a command: the client, the
 //! leader, the clock, and the server's own end. Nothing a command does to its pipes can hold this thread.
 
-use crate::child::{Child, Pipes};
+use crate::child::Child;
 use crate::log::{self, quoted};
-use crate::output::{Outcome, Source, Stream};
+use crate::output::{SOURCES, Stream};
 use crate::pipes::{self, Content, Message, TICK, is_passing};
+use crate::policy::CommandLine;
 use crate::refusal::Refusal;
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use std::io::{self, ErrorKind, Write};
-use std::net::{SocketAddr, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering::SeqCst};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread::{self, Scope};
+use std::os::unix::process::ExitStatusExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
+use std::{fs::File, net::SocketAddr, net::TcpStream, process::ExitStatus, thread};
 
-/// Messages of up to 64 KiB, from each reader one.
+/// Messages; each has up to 64 KiB of output.
 const CHANNEL: usize = 1;
-/// Output that is encoded for one write. A piece may be six times as long when it is encoded.
+/// Output that is encoded for one write. A byte may be six when it is encoded.
 const BATCH: usize = 64 << 10;
 /// What a command left running may pause for before the stream ends.
 const QUIET: Duration = Duration::from_millis(250);
@@ -30,13 +31,13 @@ const KILL_TIME: Duration = Duration::from_secs(1);
 /// The first wait for a leader to exit whose pipes have ended, as they do just before.
 const FIRST_WAIT: Duration = Duration::from_micros(50);
 /// Comments by which a half-close is told from a connection's end, before the heartbeat has to do.
-const PROBES: u32 = 2;
+const MOST_PROBES: u32 = 2;
 /// How long a client that does not read can hold up the server's end.
 const LAST_STALL: Duration = Duration::from_millis(300);
-/// The `out` of a command that has no exit status.
-const LEFT: &str = "left";
 /// Of a thread that reads or feeds: its buffers are on the heap.
 const STACK: usize = 64 << 10;
+/// The `out` of a command whose exit status nobody knows.
+const LEFT: &str = "left";
 
 /// The options that bound commands.
 pub struct Limits {
@@ -50,126 +51,93 @@ pub struct Limits {
     pub verbose: bool,
 }
 
-/// What all runs have in common: their limits, their places, and how the server's end stands.
-pub struct Commands {
-    pub limits: Limits,
-    running: AtomicUsize,
-    end: AtomicU8,
-}
+/// Commands that run.
+pub static RUNNING: AtomicUsize = AtomicUsize::new(0);
+/// Whether the server's end waits for no command any longer.
+pub static IS_URGENT: AtomicBool = AtomicBool::new(false);
 
-/// The server's end, as it goes on.
-#[derive(Clone, Copy, PartialEq, PartialOrd)]
-pub enum End {
-    NotYet = 0,
-    /// Every command is being asked to end.
-    Asked = 1,
-    /// Nobody waits any longer.
-    AtOnce = 2,
-}
-
-/// The right to run one command; free again when it is dropped.
-pub struct Place<'a>(&'a Commands);
-
-impl Commands {
-    pub fn new(limits: Limits) -> Commands {
-        Commands { limits, running: AtomicUsize::new(0), end: AtomicU8::new(End::NotYet as u8) }
-    }
-
-    /// A place for a command, if there is one.
-    pub fn place(&self) -> Option<Place<'_>> {
-        let most = self.limits.max_commands;
-        let one_more = |running| {
-            if running < most { Some(running + 1) } else { None }
-        };
-        let taken = self.running.fetch_update(SeqCst, SeqCst, one_more);
-        if taken.is_ok() { Some(Place(self)) } else { None }
-    }
-
-    /// How many run.
-    pub fn running(&self) -> usize {
-        self.running.load(SeqCst)
-    }
-
-    /// Tells all runs of the server's end.
-    pub fn end(&self, end: End) {
-        self.end.store(end as u8, SeqCst);
-    }
-
-    /// Whether the server's end has come that far.
-    pub fn is_ending(&self, end: End) -> bool {
-        self.end.load(SeqCst) >= end as u8
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, SeqCst);
-    }
-}
-
-/// Who gets the stream. The socket's writes time out after a tick.
+/// Who gets the stream. The socket's reads and writes time out after a tick.
 pub struct Client<'a> {
     pub socket: &'a TcpStream,
     pub peer: SocketAddr,
 }
 
-/// A command that was started, and what belongs to its stream.
-pub struct Started<'a> {
-    pub child: Child,
-    pub pipes: Pipes,
-    pub place: Place<'a>,
-    /// As it was asked for.
-    pub text: &'a [u8],
-    /// What is to be fed, if anything.
-    pub content: Content<'a>,
-    /// Goes out with the first event.
-    pub head: Vec<u8>,
-    pub stream: Stream,
-    pub is_events: bool,
+/// The right to run a command; free again when it is dropped.
+struct Place;
+
+impl Place {
+    fn take(most: usize) -> Result<Place, Refusal> {
+        let one_more = |running| if running < most { Some(running + 1) } else { None };
+        let taken = RUNNING.fetch_update(SeqCst, SeqCst, one_more);
+        taken.map(|_| Place).map_err(|_| Refusal::Busy("place for one more command"))
+    }
 }
 
-/// Streams a command, feeds it, and sees to its end. Returns whether the client got all of it, `exit`
-/// included; or, before anything was sent, that there is no thread to be had.
-pub fn run(started: Started, client: &Client, commands: &Commands) -> Result<bool, Refusal> {
-    let Started { child, pipes, place, text, content, head, stream, is_events } = started;
+impl Drop for Place {
+    fn drop(&mut self) {
+        RUNNING.fetch_sub(1, SeqCst);
+    }
+}
+
+/// Starts a command, feeds it `content`, if it is to have any, streams it, and sees to its end. Returns
+/// whether the client got all of it, `exit` included. A command that was not started is refused, before
+/// anything of the stream was sent.
+pub fn run(
+    command: &CommandLine,
+    content: Option<Content>,
+    client: &Client,
+    limits: &Limits,
+    stream: Stream,
+) -> Result<bool, Refusal> {
+    let place = Place::take(limits.max_commands)?;
+    let (child, pipes) = Child::start(&command.words, content.is_some())?;
     let (sender, messages) = sync_channel(CHANNEL);
     let is_over = AtomicBool::new(false);
-    let (peer, pid) = (client.peer, child.pid);
+    let (sender, is_over) = (&sender, &is_over);
     thread::scope(|scope| {
-        let threads = start_threads(scope, pipes, &content, &sender, &is_over);
-        if threads.is_err() {
-            // Those that were started end by it; the child is killed as it is dropped.
+        let start_threads = || -> io::Result<()> {
+            // `spawn` would panic where no thread is to be had.
+            let builder = || thread::Builder::new().stack_size(STACK);
+            for (source, pipe) in pipes.outputs.into_iter().enumerate() {
+                let read = move || pipes::read(pipe, source, sender, is_over);
+                builder().spawn_scoped(scope, read)?;
+            }
+            if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
+                let feed = move || pipes::feed(content, stdin, sender, is_over);
+                builder().spawn_scoped(scope, feed)?;
+            }
+            Ok(())
+        };
+        if start_threads().is_err() {
+            // Ends those that were started. The command is killed as `child` is dropped.
             is_over.store(true, SeqCst);
             return Err(Refusal::Busy("thread"));
         }
-        log::line(format_args!("run peer={peer} pid={pid} command={}", quoted(text)));
+        let (peer, pid, text) = (client.peer, child.pid, quoted(&command.text));
+        log::line(format_args!("run peer={peer} pid={pid} command={text}"));
         let now = Instant::now();
         let mut run = Run {
             child,
             client,
-            commands,
+            limits,
             stream,
-            is_events,
-            batch: head,
-            sent: 0,
             phase: Phase::Running,
-            why: None,
-            loss: None,
+            cause: None,
+            lost: None,
             open_outputs: 2,
-            outputs_ended: now,
-            stdin: None,
+            broken_stdin: None,
+            probes: 0,
             started: now,
             looked: now,
             written: now,
             heard: now,
-            probes: 0,
         };
-        run.stream.start(pid, commands.limits.heartbeat);
-        run.send();
+        run.stream.start(pid, limits.heartbeat);
         while !run.is_over() {
-            run.receive(&messages);
             run.send();
-            run.look(&is_over);
+            run.receive(&messages);
+            run.look();
+            is_over.store(matches!(run.phase, Phase::Killed(_) | Phase::GivenUp), SeqCst);
         }
         is_over.store(true, SeqCst);
         // A reader that waits for room in the channel sees that nobody receives any more.
@@ -178,31 +146,7 @@ pub fn run(started: Started, client: &Client, commands: &Commands) -> Result<boo
     })
 }
 
-fn start_threads<'scope>(
-    scope: &'scope Scope<'scope, '_>,
-    pipes: Pipes,
-    content: &'scope Content,
-    run: &SyncSender<Message>,
-    is_over: &'scope AtomicBool,
-) -> io::Result<()> {
-    // `spawn` would panic where no thread is to be had.
-    let builder = || thread::Builder::new().stack_size(STACK);
-    let Pipes { stdin, stdout, stderr } = pipes;
-    let sender = run.clone();
-    let read_stdout = move || pipes::read(stdout, Source::Stdout, &sender, is_over);
-    builder().spawn_scoped(scope, read_stdout)?;
-    let sender = run.clone();
-    let read_stderr = move || pipes::read(stderr, Source::Stderr, &sender, is_over);
-    builder().spawn_scoped(scope, read_stderr)?;
-    if let Some(stdin) = stdin {
-        let sender = run.clone();
-        let feed = move || pipes::feed(content, stdin, &sender, is_over);
-        builder().spawn_scoped(scope, feed)?;
-    }
-    Ok(())
-}
-
-/// How far a command's life has come. Each phase but the first knows when it began.
+/// How far a command's life has come, and since when.
 #[derive(Clone, Copy, PartialEq)]
 enum Phase {
     Running,
@@ -210,66 +154,44 @@ enum Phase {
     Leftovers(Instant),
     /// SIGTERM was sent to all.
     Asked(Instant),
-    /// SIGKILL was sent to all. Output is read only as far as it has been written.
+    /// SIGKILL was sent to all. What was written until then is still read.
     Killed(Instant),
     /// SIGKILL did not end the leader.
     GivenUp,
 }
 
-/// Why the server ends a command.
-#[derive(Clone, Copy, PartialEq)]
-enum Why {
-    ClientLost,
-    ContentBrokeOff,
-    Timeout,
-    Shutdown,
-}
-
-/// How the client was lost.
-#[derive(Clone, Copy, PartialEq)]
-enum Loss {
-    Gone,
-    Stalled,
-}
-
 struct Run<'a> {
     child: Child,
     client: &'a Client<'a>,
-    commands: &'a Commands,
+    limits: &'a Limits,
     stream: Stream,
-    is_events: bool,
-    /// Bytes for the client, of which so many were sent.
-    batch: Vec<u8>,
-    sent: usize,
     phase: Phase,
-    why: Option<Why>,
-    loss: Option<Loss>,
+    /// Why the server ends the command, by the word of `exit`, where that has one.
+    cause: Option<&'static str>,
+    /// How the client was lost, by the log's word.
+    lost: Option<&'static str>,
     /// How many of stdout and stderr have not ended.
     open_outputs: u32,
-    /// When the last of them did.
-    outputs_ended: Instant,
     /// The command's standard input, where its content broke off.
-    stdin: Option<std::process::ChildStdin>,
+    broken_stdin: Option<File>,
+    /// Comments sent to a client that has half-closed.
+    probes: u32,
     started: Instant,
-    /// When it was last looked around.
+    /// When it last looked at what can end the command.
     looked: Instant,
     /// When the client last took something: silence and a stall count from here.
     written: Instant,
-    /// When there was last something to send.
+    /// When the command was last heard of, or was kept from being heard by its client.
     heard: Instant,
-    /// Comments sent to a client that has half-closed.
-    probes: u32,
 }
 
 impl Run<'_> {
-    /// Whether the command has ended, with all that counts as its own, and all its output was taken.
+    /// Whether the command has ended, and all its output was taken.
     fn is_over(&self) -> bool {
         let has_ended = match self.phase {
-            Phase::Running => false,
-            Phase::Leftovers(_) => true,
-            Phase::Asked(_) => false,
+            Phase::Running | Phase::Asked(_) => false,
             Phase::Killed(_) => self.child.has_exited(),
-            Phase::GivenUp => true,
+            Phase::Leftovers(_) | Phase::GivenUp => true,
         };
         has_ended && self.open_outputs == 0
     }
@@ -277,43 +199,33 @@ impl Run<'_> {
     /// Waits for messages, a tick at the most, and encodes what they bring, up to a batch.
     fn receive(&mut self, messages: &Receiver<Message>) {
         // A client that does not take what there is keeps more from being read.
-        if !self.batch.is_empty() {
+        if !self.stream.is_sent() {
             return;
         }
-        let mut message = messages.recv_timeout(self.wait()).ok();
-        let mut length = 0;
-        while let Some(next) = message {
-            match next {
+        // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
+        let is_closed = self.open_outputs == 0;
+        let wait = if is_closed { self.heard.elapsed().clamp(FIRST_WAIT, TICK) } else { TICK };
+        let (mut next, mut length) = (messages.recv_timeout(wait).ok(), 0);
+        while let Some(message) = next {
+            self.heard = Instant::now();
+            match message {
                 Message::Output(source, bytes) => {
                     length += bytes.len();
                     self.pass_on(source, &bytes);
                 }
-                Message::Ended => {
-                    self.open_outputs -= 1;
-                    self.outputs_ended = Instant::now();
-                }
+                Message::Ended => self.open_outputs -= 1,
                 Message::BrokeOff(stdin) => {
-                    self.stdin = stdin;
-                    self.end(Why::ContentBrokeOff);
+                    self.broken_stdin = stdin;
+                    self.end(None, "the request's content broke off");
                 }
             }
-            message = if length < BATCH { messages.try_recv().ok() } else { None };
+            next = if length < BATCH { messages.try_recv().ok() } else { None };
         }
     }
 
-    /// How long to wait for a message. Where none is to come, it is the leader's exit that is waited for, at
-    /// first only for moments.
-    fn wait(&self) -> Duration {
-        if self.open_outputs > 0 {
-            return TICK;
-        }
-        self.outputs_ended.elapsed().clamp(FIRST_WAIT, TICK)
-    }
-
-    fn pass_on(&mut self, source: Source, bytes: &[u8]) {
-        self.heard = Instant::now();
-        if self.commands.limits.verbose {
-            let (peer, pid, name) = (self.client.peer, self.child.pid, source.name());
+    fn pass_on(&mut self, source: usize, bytes: &[u8]) {
+        if self.limits.verbose {
+            let (name, peer, pid) = (SOURCES[source], self.client.peer, self.child.pid);
             log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(bytes)));
         }
         self.stream.output(source, bytes);
@@ -322,115 +234,99 @@ impl Run<'_> {
     /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
     /// away, so that the command can end.
     fn send(&mut self) {
-        self.stream.take_content(&mut self.batch);
-        if self.loss.is_none() && !self.batch.is_empty() {
-            let mut socket = self.client.socket;
-            match socket.write(&self.batch[self.sent..]) {
+        let (mut socket, unsent) = (self.client.socket, self.stream.unsent());
+        if !unsent.is_empty() && self.lost.is_none() {
+            match socket.write(unsent) {
                 Ok(length) => {
-                    self.sent += length;
+                    self.stream.forget(length);
                     self.written = Instant::now();
                 }
                 Err(error) if is_passing(&error) => {}
                 // TCP_USER_TIMEOUT may be the first to notice a stall.
-                Err(error) if error.kind() == ErrorKind::TimedOut => self.lose(Loss::Stalled),
-                Err(_) => self.lose(Loss::Gone),
+                Err(error) if error.kind() == ErrorKind::TimedOut => self.lose("stalled"),
+                Err(_) => self.lose("gone"),
             }
         }
-        if self.loss.is_some() || self.sent == self.batch.len() {
-            self.batch.clear();
-            self.sent = 0;
+        if self.lost.is_some() {
+            let length = self.stream.unsent().len();
+            self.stream.forget(length);
         }
     }
 
-    /// Once a tick, looks at all that ends a command; more often only whether the leader has exited, where
-    /// that is all that is waited for.
-    fn look(&mut self, is_over: &AtomicBool) {
+    /// Looks at all that ends a command, once a tick; where its exit is all that is waited for, at that alone
+    /// each time.
+    fn look(&mut self) {
         let is_due = self.looked.elapsed() >= TICK;
         if is_due {
             self.looked = Instant::now();
             self.look_at_client();
-            self.look_at_server();
+            if sys::is_ending() {
+                self.end(Some("shutdown"), "the server is shutting down");
+            }
         }
         if is_due || self.open_outputs == 0 {
             self.look_at_command();
         }
-        if matches!(self.phase, Phase::Killed(_) | Phase::GivenUp) {
-            is_over.store(true, SeqCst);
-        }
     }
 
     fn look_at_client(&mut self) {
-        if self.loss.is_some() {
-            return;
-        }
         let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
-        let has_left = is_half_closed && !self.is_events;
-        if state & (POLLERR | POLLHUP) != 0 || has_left {
-            return self.lose(Loss::Gone);
-        }
+        let has_left = is_half_closed && !self.stream.is_events;
         let silence = self.written.elapsed();
-        if !self.batch.is_empty() {
-            // It is the client that pauses, not the output.
+        if self.lost.is_some() {
+            // Nobody is there to be looked at.
+        } else if has_left || state & (POLLERR | POLLHUP) != 0 {
+            self.lose("gone");
+        } else if !self.stream.is_sent() {
+            // It is the client that pauses, not the command.
             self.heard = Instant::now();
             if silence >= self.longest_stall() {
-                self.lose(Loss::Stalled);
+                self.lose("stalled");
             }
-            return;
-        }
-        // A connection's end looks like a half-close, or hides behind input that nobody reads. What is
-        // written to it is answered with a reset, which the next look sees.
-        if is_half_closed && self.probes < PROBES {
+        } else if is_half_closed && self.probes < MOST_PROBES {
+            // A connection's end looks like a half-close. To a comment it answers with a reset, which the
+            // next look sees.
             self.probes += 1;
             self.stream.comment();
-        } else if silence >= self.commands.limits.heartbeat {
+        } else if silence >= self.limits.heartbeat {
             self.written = Instant::now();
-            self.stream.comment();
-            let has_unread_input = state & POLLIN != 0;
-            if !self.is_events && has_unread_input {
-                self.stream.zero(&mut self.batch);
+            // Plain text has nothing to say, unless input that nobody reads could hide the client's end.
+            if self.stream.is_events || state & POLLIN != 0 {
+                self.stream.comment();
             }
-        }
-    }
-
-    fn look_at_server(&mut self) {
-        if self.commands.is_ending(End::Asked) {
-            self.end(Why::Shutdown);
-        }
-        if self.commands.is_ending(End::AtOnce) && matches!(self.phase, Phase::Asked(_)) {
-            self.kill();
         }
     }
 
     fn look_at_command(&mut self) {
-        let limits = &self.commands.limits;
+        let (limits, has_exited) = (self.limits, self.child.has_exited());
         match self.phase {
+            Phase::Running if has_exited => self.phase = Phase::Leftovers(Instant::now()),
             Phase::Running => {
-                let age = self.started.elapsed();
-                if self.child.has_exited() {
-                    self.phase = Phase::Leftovers(Instant::now());
-                } else if !limits.timeout.is_zero() && age >= limits.timeout {
-                    self.end(Why::Timeout);
+                if !limits.timeout.is_zero() && self.started.elapsed() >= limits.timeout {
+                    self.end(Some("timeout"), "the command ran past --timeout");
                 }
             }
             Phase::Leftovers(since) => {
-                let is_quiet = since.max(self.heard).elapsed() >= QUIET;
-                if is_quiet || since.elapsed() >= limits.grace {
+                let quiet = since.max(self.heard).elapsed();
+                if quiet >= QUIET || since.elapsed() >= limits.grace {
                     self.child.kill_group();
                     self.phase = Phase::Killed(Instant::now());
                 }
             }
             Phase::Asked(since) => {
-                if since.elapsed() >= limits.grace {
-                    self.kill();
-                } else if self.child.has_exited() && self.child.is_alone() {
-                    // Nobody is left to be killed, though somebody who left the session may hold a pipe.
+                let is_late = since.elapsed() >= limits.grace || IS_URGENT.load(SeqCst);
+                if is_late {
+                    self.child.signal(sys::SIGKILL);
+                }
+                // Who has left the session may still hold a pipe of a command that has ended.
+                if is_late || (has_exited && self.child.is_alone()) {
                     self.phase = Phase::Killed(Instant::now());
                 }
             }
             Phase::Killed(since) => {
-                if since.elapsed() >= KILL_TIME && !self.child.has_exited() {
-                    self.stream.error("the command cannot be killed by this server, and goes on");
+                if !has_exited && since.elapsed() >= KILL_TIME {
+                    self.stream.error("this server cannot kill the command, which goes on");
                     self.phase = Phase::GivenUp;
                 }
             }
@@ -439,89 +335,70 @@ impl Run<'_> {
     }
 
     /// Asks the command to end, and tells the client why. The first reason counts.
-    fn end(&mut self, why: Why) {
-        if matches!(self.phase, Phase::Asked(_) | Phase::Killed(_) | Phase::GivenUp) {
-            return;
-        }
-        self.phase = Phase::Asked(Instant::now());
-        self.why = Some(why);
-        self.child.terminate();
-        match why {
-            Why::ClientLost => {}
-            Why::ContentBrokeOff => self.stream.error("the request's content broke off"),
-            Why::Timeout => self.stream.error("the command ran past --timeout"),
-            Why::Shutdown => self.stream.error("the server is shutting down"),
+    fn end(&mut self, cause: Option<&'static str>, why: &str) {
+        if matches!(self.phase, Phase::Running | Phase::Leftovers(_)) {
+            self.phase = Phase::Asked(Instant::now());
+            self.cause = cause;
+            self.child.signal(sys::SIGTERM);
+            self.stream.error(why);
         }
     }
 
-    fn kill(&mut self) {
-        self.child.kill();
-        self.phase = Phase::Killed(Instant::now());
-    }
-
-    fn lose(&mut self, loss: Loss) {
-        self.loss = Some(loss);
-        self.end(Why::ClientLost);
+    fn lose(&mut self, how: &'static str) {
+        self.lost = Some(how);
+        self.end(None, "");
     }
 
     /// How long the client may take nothing.
     fn longest_stall(&self) -> Duration {
-        let is_waited_for = matches!(self.phase, Phase::Running | Phase::Asked(_));
-        if self.commands.is_ending(End::Asked) && !is_waited_for {
-            return LAST_STALL;
+        match self.phase {
+            Phase::Running | Phase::Asked(_) => self.limits.stall,
+            _ if sys::is_ending() => LAST_STALL,
+            _ => self.limits.stall,
         }
-        self.commands.limits.stall
     }
 
     /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
     /// the client got it.
     fn finish(mut self, place: Place) -> bool {
-        let mut outcome = self.outcome();
+        let ms = self.started.elapsed().as_millis();
+        let mut status = None;
+        if self.phase != Phase::GivenUp {
+            status = self.child.reap().ok();
+        }
         drop(place);
-        self.stream.exit(&mut outcome);
-        self.stream.take_content(&mut self.batch);
-        self.stream.take_last_chunk(&outcome, &mut self.batch);
-        while !self.batch.is_empty() {
+        let out = match status {
+            None => LEFT,
+            Some(status) => self.cause.unwrap_or(how_it_ended(status)),
+        };
+        self.stream.exit(out, status, ms);
+        while !self.stream.is_sent() {
             self.send();
             if self.looked.elapsed() >= TICK {
                 self.looked = Instant::now();
                 self.look_at_client();
             }
         }
-        match self.loss {
-            Some(Loss::Gone) if outcome.out != LEFT => outcome.out = "gone",
-            Some(Loss::Stalled) if outcome.out != LEFT => outcome.out = "stalled",
-            _ => {}
-        }
-        log_exit(self.client.peer, self.child.pid, &outcome, "");
+        let logged = if out == LEFT { LEFT } else { self.lost.unwrap_or(out) };
+        self.log_exit(logged, status, ms);
         if self.phase == Phase::GivenUp {
             self.child.abandon();
         }
-        self.loss.is_none()
+        self.lost.is_none()
     }
 
-    fn outcome(&mut self) -> Outcome {
-        let ms = self.started.elapsed().as_millis();
-        let mut outcome = Outcome::without_status(LEFT);
-        if self.phase != Phase::GivenUp {
-            match self.child.reap() {
-                Ok(status) => outcome = Outcome::of(status),
-                Err(_) => self.stream.error("nobody knows how the command ended"),
-            }
-        }
-        match self.why {
-            Some(Why::Timeout) if outcome.out != LEFT => outcome.out = "timeout",
-            Some(Why::Shutdown) if outcome.out != LEFT => outcome.out = "shutdown",
-            _ => {}
-        }
-        outcome.ms = ms;
-        outcome
+    fn log_exit(&self, out: &str, status: Option<ExitStatus>, ms: u128) {
+        let number = match status.map(|status| (status.code(), status.signal())) {
+            Some((Some(code), _)) => format!(" code={code}"),
+            Some((None, signal)) => format!(" signal={}", signal.unwrap_or(0)),
+            None => String::new(),
+        };
+        let ([stdout, stderr], peer, pid) = (self.stream.bytes, self.client.peer, self.child.pid);
+        let bytes = format!("stdout_bytes={stdout} stderr_bytes={stderr}");
+        log::line(format_args!("exit peer={peer} pid={pid} out={out}{number} ms={ms} {bytes}"));
     }
 }
 
-/// The log line of a run's end. `why` says why a command was not started.
-pub fn log_exit(peer: SocketAddr, pid: u32, outcome: &Outcome, why: &str) {
-    let why =
-        if why.is_empty() { String::new() } else { format!(" why={}", quoted(why.as_bytes())) };
-    log::line(format_args!("exit peer={peer} pid={pid} {outcome}{why}"));
+fn how_it_ended(status: ExitStatus) -> &'static str {
+    if status.signal().is_some() { "killed" } else { "exited" }
 }

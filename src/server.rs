@@ -1,88 +1,78 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::policy::Rules;
-use crate::run::{Commands, End, Limits};
+use crate::config::Config;
+use crate::run::{IS_URGENT, RUNNING};
 use crate::sys::{self, POLLIN};
 use crate::{connection, log, pipes::TICK};
-use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
 use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::{io, io::ErrorKind, thread};
 
-/// Connections that run no command. Beyond them clients wait to be accepted: nobody who sends nothing does
-/// so for longer than five seconds.
+/// Connections that run no command. Beyond them clients wait to be accepted, and not for long: who sends
+/// nothing has five seconds.
 const MOST_WAITING: usize = 512;
 /// Of a connection's thread. Buffers are on the heap, and a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
 /// For what is out, descriptors or threads, to be had again; `accept` fails at once as long as it is not.
 const PAUSE: Duration = Duration::from_millis(50);
-/// What the end may take beyond `--grace`: for a command that cannot be killed to be given up, and its client
-/// to be told.
+/// What the end may take beyond `--grace`: a command that cannot be killed is given up by then.
 const AFTER_GRACE: Duration = Duration::from_millis(2_800);
-/// What the end may take once nobody waits any longer.
-const AT_ONCE: Duration = Duration::from_millis(400);
+/// What the end may take once nobody waits for a command any longer.
+const URGENT_TIME: Duration = Duration::from_millis(400);
 /// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
-/// Between two looks at what has ended.
+/// Between two looks at how the end goes on.
 const END_TICK: Duration = Duration::from_millis(5);
 
-struct Server {
-    rules: Rules,
-    commands: Commands,
-    /// Connections that are being served.
-    connections: AtomicUsize,
-}
-
-/// One of the connections that are being served, until it is dropped.
-struct Counted(Arc<Server>);
+static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
 
 /// Serves until a signal ends the server, and every command has ended.
-pub fn serve(listener: TcpListener, rules: Rules, limits: Limits) -> io::Result<()> {
+pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // std's `accept` would go on after a signal, so it is not what waits.
     listener.set_nonblocking(true)?;
-    let server = Arc::new(Server {
-        rules,
-        commands: Commands::new(limits),
-        connections: AtomicUsize::new(0),
-    });
-    while sys::terminations() + sys::hangups() == 0 {
-        if server.is_full() {
+    let config = Arc::new(config);
+    while !sys::is_ending() {
+        let waiting = CONNECTIONS.load(SeqCst).saturating_sub(RUNNING.load(SeqCst));
+        if waiting >= MOST_WAITING {
             thread::sleep(PAUSE);
-            continue;
-        }
-        if sys::poll_one(&listener, POLLIN, TICK) == 0 {
-            continue;
-        }
-        match listener.accept() {
-            Ok((socket, peer)) => start_thread(&server, socket, peer),
-            Err(error) if is_the_client_s(error.kind()) => {}
-            Err(_) => thread::sleep(PAUSE),
+        } else if sys::poll_one(&listener, POLLIN, TICK) != 0 {
+            match listener.accept() {
+                Ok((socket, peer)) => start_thread(&config, socket, peer),
+                // Another moment's client, or none any more.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(_) => thread::sleep(PAUSE),
+            }
         }
     }
     drop(listener);
     log::line(format_args!("shutdown"));
-    server.end();
+    wait_for_the_end(config.limits.grace);
     Ok(())
 }
 
-/// Whether `accept` failed for reasons that lie with one client, or with a signal.
-fn is_the_client_s(kind: ErrorKind) -> bool {
-    use ErrorKind::*;
-    matches!(kind, WouldBlock | Interrupted | ConnectionAborted | ConnectionReset)
+/// Counted among the connections until it is dropped.
+struct Counted;
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        CONNECTIONS.fetch_sub(1, SeqCst);
+    }
 }
 
 /// Serves a client in a thread of its own. Where none is to be had, the client waits for one, and with it all
 /// who come later: whatever ends gives one back.
-fn start_thread(server: &Arc<Server>, socket: TcpStream, peer: SocketAddr) {
-    // Shared with the thread, so that it is still there where the thread could not be started.
+fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
+    // Shared with the thread, so that it is still there where that could not be started.
     let socket = Arc::new(socket);
-    while sys::terminations() + sys::hangups() == 0 {
-        let counted = Counted::new(server);
-        let own = socket.clone();
+    while !sys::is_ending() {
+        CONNECTIONS.fetch_add(1, SeqCst);
+        let counted = Counted;
+        let (config, socket) = (config.clone(), socket.clone());
         let serve = move || {
-            let server = &counted.0;
-            connection::serve(&own, peer, &server.rules, &server.commands);
+            let _counted = counted;
+            // A connection that fails just ends.
+            let _ = connection::serve(&socket, peer, &config.rules, &config.limits);
         };
         // `thread::spawn` would panic.
         if thread::Builder::new().stack_size(STACK).spawn(serve).is_ok() {
@@ -92,44 +82,23 @@ fn start_thread(server: &Arc<Server>, socket: TcpStream, peer: SocketAddr) {
     }
 }
 
-impl Server {
-    fn is_full(&self) -> bool {
-        let connections = self.connections.load(SeqCst);
-        connections.saturating_sub(self.commands.running()) >= MOST_WAITING
-    }
-
-    /// Ends all commands, and waits for all connections: they end by themselves, after their commands.
-    fn end(&self) {
-        self.commands.end(End::Asked);
-        let mut deadline = Instant::now() + self.commands.limits.grace + AFTER_GRACE;
-        // SIGTERM and SIGINT that count as the first one, and when that came.
-        let mut first = 0;
-        let mut first_seen = None;
-        while self.connections.load(SeqCst) > 0 && Instant::now() < deadline {
-            let terminations = sys::terminations();
-            if terminations > 0 {
-                let seen = *first_seen.get_or_insert_with(Instant::now);
-                if seen.elapsed() < SAME_SIGNAL {
-                    first = terminations;
-                } else if terminations > first && !self.commands.is_ending(End::AtOnce) {
-                    self.commands.end(End::AtOnce);
-                    deadline = deadline.min(Instant::now() + AT_ONCE);
-                }
-            }
-            thread::sleep(END_TICK);
+/// Waits for all connections: they see the signal by themselves, and end after their commands.
+fn wait_for_the_end(grace: Duration) {
+    let mut deadline = Instant::now() + grace + AFTER_GRACE;
+    // When the first SIGTERM or SIGINT was seen, and how many have come that count as the first.
+    let (mut first_seen, mut same) = (None, 0);
+    while CONNECTIONS.load(SeqCst) > 0 && Instant::now() < deadline {
+        let terminations = sys::terminations();
+        let seen = match first_seen {
+            None if terminations == 0 => Instant::now(),
+            None => *first_seen.insert(Instant::now()),
+            Some(seen) => seen,
+        };
+        if seen.elapsed() < SAME_SIGNAL {
+            same = terminations;
+        } else if terminations > same && !IS_URGENT.swap(true, SeqCst) {
+            deadline = deadline.min(Instant::now() + URGENT_TIME);
         }
-    }
-}
-
-impl Counted {
-    fn new(server: &Arc<Server>) -> Counted {
-        server.connections.fetch_add(1, SeqCst);
-        Counted(server.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, SeqCst);
+        thread::sleep(END_TICK);
     }
 }

@@ -7,28 +7,22 @@
 
 use crate::{processes, sys};
 use std::time::{Duration, Instant};
-use std::{io, os::unix::process::ExitStatusExt, process::ExitStatus, thread};
+use std::{io, thread};
 
 /// How long what is left is being killed. More than one round is needed for what was just forking.
 const KILL_TIME: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(2);
 
 /// Splits the program in two. In the server it returns `None`, at once. In the supervisor it returns when
-/// the server has ended, and all it left was killed: the exit status to end with.
+/// the server has ended, and all it left was killed: with the exit status to end with.
 /// Call it before any thread is started.
 pub fn split() -> io::Result<Option<u8>> {
     let supervisor = std::process::id();
     sys::take_signals();
-    match sys::fork_server()? {
-        Some(server) => supervise(server).map(Some),
-        None => {
-            sys::leave_parent(supervisor);
-            Ok(None)
-        }
-    }
-}
-
-fn supervise(server: u32) -> io::Result<u8> {
+    let Some(server) = sys::fork_server()? else {
+        sys::leave_parent(supervisor);
+        return Ok(None);
+    };
     loop {
         let exited = sys::wait_any_noreap()?;
         if exited == server {
@@ -39,30 +33,20 @@ fn supervise(server: u32) -> io::Result<u8> {
     }
     // The server is a zombie until it is reaped, so no other session can have got its number.
     kill_session(server);
-    Ok(exit_status(sys::reap(server)?))
+    sys::reap(server).map(Some)
 }
 
 /// Kills what is left of the session, until nothing is but zombies and what may not be signalled.
 fn kill_session(session: u32) {
     let begun = Instant::now();
-    while begun.elapsed() < KILL_TIME {
-        let mut is_any_hit = false;
+    let mut is_any_hit = true;
+    while is_any_hit && begun.elapsed() < KILL_TIME {
+        is_any_hit = false;
         for process in processes::all() {
             if process.session == session && !process.is_zombie {
                 is_any_hit |= sys::send(process.pid, sys::SIGKILL);
             }
         }
-        if !is_any_hit {
-            return;
-        }
         thread::sleep(PAUSE);
-    }
-}
-
-/// As a shell has it: 128 + N where signal N ended the server (XCU 2.8.2).
-fn exit_status(status: ExitStatus) -> u8 {
-    match status.code() {
-        Some(code) => code as u8,
-        None => 128 + status.signal().unwrap_or(0) as u8,
     }
 }

@@ -7,19 +7,16 @@
 
 use std::ffi::{c_int, c_short, c_uint, c_ulong};
 use std::os::fd::{AsFd, AsRawFd};
-use std::process::ExitStatus;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
-use std::{io, net::TcpStream, os::unix::process::ExitStatusExt};
+use std::{io, net::TcpStream};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
-#[cfg(any(target_arch = "mips", target_arch = "mips64"))]
+#[cfg(any(target_arch = "mips", target_arch = "mips64", target_arch = "mips32r6"))]
 compile_error!("Linux on MIPS numbers signals and socket options in its own way");
-#[cfg(any(target_arch = "mips32r6", target_arch = "mips64r6"))]
-compile_error!("Linux on MIPS numbers signals and socket options in its own way");
-#[cfg(any(target_arch = "sparc", target_arch = "sparc64"))]
-compile_error!("Linux on SPARC numbers signals and poll's events in its own way");
+#[cfg(any(target_arch = "sparc", target_arch = "sparc64", target_arch = "mips64r6"))]
+compile_error!("Linux on SPARC and MIPS numbers signals and poll's events in its own way");
 
 // signal(7)
 const SIGHUP: c_int = 1;
@@ -46,21 +43,13 @@ struct PollFd {
     revents: c_short,
 }
 
-/// `siginfo_t`, with the members that waitid(2) fills in. `si_pid` begins a union of what signals bring
-/// along, which is aligned to a pointer.
-#[repr(C)]
-struct SignalInfo {
-    si_signo: c_int,
-    si_errno: c_int,
-    si_code: c_int,
-    #[cfg(target_pointer_width = "64")]
-    padding: c_int,
-    si_pid: c_int,
-    si_uid: c_uint,
-    si_status: c_int,
-    /// It has 128 bytes in all.
-    rest: [c_int; 26],
-}
+/// `siginfo_t`, 128 bytes, as the ints of which waitid(2) fills in these places. What signals bring along
+/// begins with `si_pid`, aligned to a pointer.
+#[repr(C, align(8))]
+struct SignalInfo([c_int; 32]);
+const SI_CODE: usize = 2;
+const SI_PID: usize = if cfg!(target_pointer_width = "64") { 4 } else { 3 };
+const SI_STATUS: usize = SI_PID + 2;
 
 unsafe extern "C" {
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
@@ -96,8 +85,8 @@ extern "C" fn note(number: c_int) {
 
 extern "C" fn do_nothing(_: c_int) {}
 
-/// Takes SIGTERM, SIGINT and SIGHUP, which [`terminations`] and [`hangups`] count from now on, and undoes
-/// what whoever started the program may have left in the way.
+/// Takes SIGTERM, SIGINT and SIGHUP, which are counted from now on, and undoes what whoever started the
+/// program may have left in the way.
 ///
 /// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
 /// the default for what is handled, but would inherit what is ignored.
@@ -124,9 +113,9 @@ pub fn terminations() -> u32 {
     TERMINATIONS.load(SeqCst)
 }
 
-/// How many SIGHUP have come, those aside that `nohup` keeps away.
-pub fn hangups() -> u32 {
-    HANGUPS.load(SeqCst)
+/// Whether a signal has come that ends the server; SIGHUP, too, unless `nohup` keeps it away.
+pub fn is_ending() -> bool {
+    terminations() > 0 || HANGUPS.load(SeqCst) > 0
 }
 
 /// Splits the process in two: the child gets `None`, the parent the child's process id, to which it hands
@@ -143,7 +132,7 @@ pub fn fork_server() -> io::Result<Option<u32>> {
             if terminations() > 0 {
                 send(server as u32, SIGTERM);
             }
-            if hangups() > 0 {
+            if HANGUPS.load(SeqCst) > 0 {
                 send(server as u32, SIGHUP);
             }
             Ok(Some(server as u32))
@@ -190,30 +179,29 @@ const WNOWAIT: c_int = 0x0100_0000;
 /// number from being given to another process.
 pub fn wait_any_noreap() -> io::Result<u32> {
     let info = wait(P_ALL, 0, WEXITED | WNOWAIT)?;
-    Ok(info.si_pid as u32)
+    Ok(info.0[SI_PID] as u32)
 }
 
 /// Whether that child has exited. It is not reaped.
 pub fn has_exited_noreap(pid: u32) -> io::Result<bool> {
     let info = wait(P_PID, pid, WEXITED | WNOWAIT | WNOHANG)?;
-    // waitid(2): 0 where no child was in a waitable state.
-    Ok(info.si_pid != 0)
+    // Where the child has not, waitid leaves 0.
+    Ok(info.0[SI_PID] != 0)
 }
 
-/// Reaps that child, once it has exited.
-pub fn reap(pid: u32) -> io::Result<ExitStatus> {
+/// Reaps that child, once it has exited. Returns its exit status as a shell has it: 128 + N where signal N
+/// ended it (XCU 2.8.2).
+pub fn reap(pid: u32) -> io::Result<u8> {
     const CLD_EXITED: c_int = 1;
     let info = wait(P_PID, pid, WEXITED)?;
-    // As wait(2) encodes it: the exit status in the second byte, a signal's number in the first.
-    let status = if info.si_code == CLD_EXITED { info.si_status << 8 } else { info.si_status };
-    Ok(ExitStatus::from_raw(status))
+    let number = info.0[SI_STATUS] as u8;
+    Ok(if info.0[SI_CODE] == CLD_EXITED { number } else { 128 + number })
 }
 
 fn wait(idtype: c_uint, id: c_uint, options: c_int) -> io::Result<SignalInfo> {
     loop {
-        // SAFETY: all members are numbers, for which zeros are valid; and the call fills in no more than
-        // the 128 bytes of a siginfo_t.
-        let mut info: SignalInfo = unsafe { std::mem::zeroed() };
+        let mut info = SignalInfo([0; 32]);
+        // SAFETY: the call fills in a siginfo_t, for which there is room.
         if unsafe { waitid(idtype, id, &mut info, options) } == 0 {
             return Ok(info);
         }
@@ -259,21 +247,17 @@ pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) 
     const TCP_KEEPIDLE: c_int = 4;
     const TCP_KEEPINTVL: c_int = 5;
     const TCP_USER_TIMEOUT: c_int = 18;
-    // The most that the kernel takes.
-    const MOST_SECONDS: u64 = 32_767;
-    let seconds = |time: Duration| {
-        let whole = time.as_secs() + u64::from(time.subsec_nanos() > 0);
-        whole.clamp(1, MOST_SECONDS) as c_int
-    };
-    let millis = patience.as_millis().min(c_int::MAX as u128) as c_int;
     let set = |level: c_int, name: c_int, value: c_int| {
-        let (fd, size) = (socket.as_raw_fd(), size_of::<c_int>() as c_uint);
-        // SAFETY: the option's value is an int, read during the call.
-        unsafe { setsockopt(fd, level, name, &value, size) };
+        // SAFETY: the option's value is an int, 4 bytes, read during the call.
+        unsafe { setsockopt(socket.as_raw_fd(), level, name, &value, 4) };
     };
+    let whole = |time: Duration| time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    // The kernel takes no more.
+    let seconds = |time: Duration| whole(time).min(32_767) as c_int;
     set(SOL_SOCKET, SO_KEEPALIVE, 1);
     set(IPPROTO_TCP, TCP_KEEPIDLE, seconds(idle));
     // The first probe that finds the peer silent for `patience` is the last one.
     set(IPPROTO_TCP, TCP_KEEPINTVL, seconds(patience));
-    set(IPPROTO_TCP, TCP_USER_TIMEOUT, millis);
+    let millis = patience.as_millis().min(c_int::MAX as u128);
+    set(IPPROTO_TCP, TCP_USER_TIMEOUT, millis as c_int);
 }

@@ -3,40 +3,31 @@
 
 use crate::refusal::Refusal::{self, Command};
 
-/// Where in a command line a byte stands.
-#[derive(Clone, Copy, PartialEq)]
-enum Quote {
-    None,
-    Single,
-    Double,
-}
-
-/// The words of `line`: blanks and line ends separate, quotes and backslashes keep together. An unclosed
-/// quote, or a NUL, which no argument can hold, is refused.
+/// The words of `line`, of which there is at least one: blanks and line ends separate, quotes and backslashes
+/// keep together. An unclosed quote, or a NUL, which no argument can hold, is refused.
 pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
     let mut words = Vec::new();
     // The word that is being read, once it has begun: a pair of quotes begins one that may stay empty.
     let mut word: Option<Vec<u8>> = None;
-    let mut quote = Quote::None;
+    // The quote that is open.
+    let mut quote = None;
     let mut bytes = line.iter().copied().peekable();
     while let Some(byte) = bytes.next() {
         // A backslash before a line's end takes both away.
-        if byte == b'\\' && quote != Quote::Single && bytes.next_if_eq(&b'\n').is_some() {
+        if byte == b'\\' && quote != Some(b'\'') && bytes.next_if_eq(&b'\n').is_some() {
             continue;
         }
-        if quote == Quote::None && matches!(byte, b' ' | b'\t' | b'\n') {
+        if quote.is_none() && matches!(byte, b' ' | b'\t' | b'\n') {
             words.extend(word.take());
             continue;
         }
         let word = word.get_or_insert_default();
         match (quote, byte) {
-            (_, 0) => return Err(Command("command has a NUL", "no argument can hold one")),
-            (Quote::None, b'\'') => quote = Quote::Single,
-            (Quote::None, b'"') => quote = Quote::Double,
-            (Quote::Single, b'\'') | (Quote::Double, b'"') => quote = Quote::None,
+            (None, b'\'' | b'"') => quote = Some(byte),
+            (Some(open), _) if open == byte => quote = None,
             // A backslash with nothing after it stands for itself, as in a shell.
-            (Quote::None, b'\\') => word.push(bytes.next().unwrap_or(byte)),
-            (Quote::Double, b'\\') => {
+            (None, b'\\') => word.push(bytes.next().unwrap_or(byte)),
+            (Some(b'"'), b'\\') => {
                 let special = bytes.next_if(|next| b"\"\\$`".contains(next));
                 word.push(special.unwrap_or(byte));
             }
@@ -45,9 +36,11 @@ pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
     }
     words.extend(word);
     match quote {
-        Quote::None => Ok(words),
-        Quote::Single => Err(Command("command has an unclosed single quote", "close it with '")),
-        Quote::Double => Err(Command("command has an unclosed double quote", "close it with \"")),
+        _ if line.contains(&0) => Err(Command("command has a NUL; no argument can hold one")),
+        Some(b'"') => Err(Command("command has an unclosed double quote; close it with \"")),
+        Some(_) => Err(Command("command has an unclosed single quote; close it with '")),
+        None if words.is_empty() => Err(Command("command is empty; name a program: command=ls")),
+        None => Ok(words),
     }
 }
 
