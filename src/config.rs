@@ -198,77 +198,123 @@ fn read_token(path: &str) -> Result<String, Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::ffi::OsStringExt;
 
-    fn parse(line: &[&str], token: Option<&str>) -> std::result::Result<Config, String> {
-        let arguments = line.iter().map(|argument| argument.to_string());
-        let parsed = Config::parse(arguments, token.map(str::to_string));
-        parsed.map_err(|Exit(status, why)| format!("{status} {why}"))
+    /// What options make: `STATUS WORDS` where they are wrong.
+    fn parse(line: &[&str]) -> Result<Config, String> {
+        match Wish::parse(line.iter().map(OsString::from)) {
+            Ok(Wish::Serve(config)) => Ok(config),
+            Ok(Wish::Print(text)) => Err(format!("0 {text}")),
+            Err(Exit(status, why)) => Err(format!("{status} {why}")),
+        }
+    }
+
+    fn is_wrong(line: &[&str], names: &str) {
+        let why = parse(line).err().unwrap_or_default();
+        let is_one_line = why.starts_with("2 ") && !why.contains('\n');
+        assert!(is_one_line && why.contains(names), "{line:?}: {why}");
+    }
+
+    /// A token in a file of the test's own.
+    fn with_token(content: &[u8]) -> Result<Option<String>, String> {
+        let name = format!("ssecommander-token-{}-{}", std::process::id(), content.len());
+        let path = std::env::temp_dir().join(name);
+        fs::write(&path, content).unwrap();
+        let parsed = parse(&["--token-file", path.to_str().unwrap(), "--listen", "0.0.0.0:1"]);
+        fs::remove_file(path).unwrap();
+        parsed.map(|config| config.rules.token)
     }
 
     #[test]
     fn the_version_is_the_package_s() {
         assert_eq!(VERSION, env!("CARGO_PKG_VERSION"));
+        assert_eq!(parse(&["-V"]).err().unwrap(), format!("0 ssecommander {VERSION}\n"));
+    }
+
+    #[test]
+    fn the_usage_fits_a_terminal() {
+        assert_eq!(parse(&["--help"]).err().unwrap(), format!("0 {USAGE}"));
+        assert!(USAGE.lines().count() <= 60);
+        assert!(USAGE.lines().all(|line| line.chars().count() <= 80));
     }
 
     #[test]
     fn addresses() {
         let table = [
-            ("8080", "http://127.0.0.1:8080"),
-            ("0", "http://127.0.0.1:0"),
-            ("127.0.0.2:1", "http://127.0.0.2:1"),
-            ("[::1]:65535", "http://[::1]:65535"),
-            ("unix:/run/x", "unix:/run/x"),
+            ("8080", "127.0.0.1:8080"),
+            ("0", "127.0.0.1:0"),
+            ("localhost:80", "127.0.0.1:80"),
+            ("127.0.0.2:1", "127.0.0.2:1"),
+            ("[::1]:65535", "[::1]:65535"),
         ];
         for (text, expected) in table {
             for line in [&["-l", text][..], &["--listen", text], &[&format!("--listen={text}")]] {
-                assert_eq!(
-                    parse(line, None).unwrap_or_else(|why| panic!("{why}")).address.to_string(),
-                    expected
-                );
+                assert_eq!(parse(line).unwrap().address.to_string(), expected);
             }
         }
+        assert_eq!(parse(&[]).unwrap().address.to_string(), "127.0.0.1:3000");
         for text in [
             "",
             "65536",
             "-1",
+            "+1",
             "x",
             "127.0.0.1",
             "127.1:80",
             "::1:80",
             "[::1]",
-            "localhost:80",
-            "unix:",
+            "localhost",
+            "localhost:",
+            "localhost:+1",
+            "otherhost:80",
+            "unix:/run/x",
             "[127.0.0.1]:1",
         ] {
-            assert!(
-                parse(&["--listen", text], None).is_err_and(|why| why.starts_with("2 ")),
-                "{text}"
-            );
+            is_wrong(&["--listen", text], "--listen");
         }
+        is_wrong(&["--listen", "1", "-l", "2"], "once");
     }
 
     #[test]
     fn seconds_are_plain_decimals() {
-        let table =
-            [("0.5", 500), ("1", 1000), ("31536000", 31_536_000_000), (".25", 250), ("3.", 3000)];
+        let table = [
+            ("0.5", 500),
+            ("1", 1000),
+            ("31536000", 31_536_000_000),
+            ("31536000.0", 31_536_000_000),
+            (".25", 250),
+            ("3.", 3000),
+            ("1.0009999999999", 1000),
+        ];
         for (text, millis) in table {
-            let config = parse(&["--stall", text], None).unwrap_or_else(|why| panic!("{why}"));
-            assert_eq!(config.limits.stall, Duration::from_millis(millis));
+            let stall = parse(&["--stall", text]).unwrap().limits.stall;
+            assert_eq!(stall.as_millis(), millis, "{text}");
         }
-        for text in
-            ["", "-1", "+1", "1e3", "inf", "NaN", "31536001", "1s", "0x1", ".", "1.2.3", " 1"]
-        {
+        for text in [
+            "",
+            "-1",
+            "+1",
+            "1e3",
+            "inf",
+            "NaN",
+            "31536001",
+            "31536000.1",
+            "1s",
+            "0x1",
+            ".",
+            "1.2.3",
+            " 1",
+            "1.-5",
+            "99999999999999999999",
+        ] {
             for option in ["--timeout", "--grace", "--heartbeat", "--stall"] {
-                assert!(
-                    parse(&[option, text], None).is_err_and(|why| why.starts_with("2 ")),
-                    "{option} {text}"
-                );
+                is_wrong(&[option, text], option);
             }
         }
-        for (option, good) in
+        for (option, may_be_zero) in
             [("--timeout", true), ("--grace", true), ("--heartbeat", false), ("--stall", false)]
         {
-            assert_eq!(parse(&[option, "0"], None).is_ok(), good, "{option}");
+            assert_eq!(parse(&[option, "0"]).is_ok(), may_be_zero, "{option}");
         }
     }
 
@@ -277,27 +323,37 @@ mod tests {
         let table: &[(&[&str], &str)] = &[
             (&["--nope"], "--nope"),
             (&["run"], "run"),
+            (&[""], "no such option"),
             (&["--listen"], "--listen"),
             (&["--token-file"], "--token-file"),
+            (&["--token-file="], "--token-file"),
             (&["--no-token=1"], "--no-token"),
             (&["--help=1"], "--help"),
             (&["--verbose=1"], "--verbose"),
-            (&["--max-connections", "0"], "--max-connections"),
-            (&["--max-connections", "-1"], "--max-connections"),
+            (&["--max-commands", "0"], "--max-commands"),
+            (&["--max-commands", "-1"], "--max-commands"),
+            (&["--max-commands", "+5"], "--max-commands"),
+            (&["--max-connections", "5"], "--max-connections"),
             (&["--allow", "a 'b"], "--allow"),
             (&["--allow", " "], "--allow"),
+            (&["--allow", "a\nb"], "--allow"),
             (&["--allow-origin", "ops.example"], "--allow-origin"),
             (&["--allow-origin", "https://ops.example/"], "--allow-origin"),
             (&["--allow-origin", "null"], "--allow-origin"),
             (&["--listen=a\nb"], "--listen"),
+            (&["-h", "-V"], "stands alone"),
+            (&["-v", "--version"], "stands alone"),
+            (&["--allow", "df", "-h"], "quote the whole command line"),
+            (&["--allow", "ls", "-l"], "quote the whole command line"),
+            (&["--allow", "ls", "-la"], "quote the whole command line"),
+            (&["--allow", "ls", "/tmp"], "quote the whole command line"),
         ];
-        for (line, name) in table {
-            let why = parse(line, None).err().unwrap_or_default();
-            assert!(
-                why.starts_with("2 ") && why.contains(name) && !why.contains('\n'),
-                "{line:?}: {why}"
-            );
+        for (line, names) in table {
+            is_wrong(line, names);
         }
+        let not_text = OsString::from_vec(b"--token-file=\xff".to_vec());
+        let wrong = Wish::parse([not_text].into_iter()).err().unwrap();
+        assert!(wrong.0 == 2 && wrong.1.contains("UTF-8"), "{wrong:?}");
     }
 
     #[test]
@@ -305,37 +361,25 @@ mod tests {
         for address in
             ["0.0.0.0:1", "192.0.2.1:1", "[::]:1", "[2001:db8::1]:1", "[::ffff:192.0.2.1]:1"]
         {
-            assert!(
-                parse(&["-l", address], None).is_err_and(|why| why.starts_with("1 ")),
-                "{address}"
-            );
-            assert!(parse(&["-l", address, "--no-token"], None).is_ok());
-            assert!(parse(&["-l", address], Some("secret")).is_ok());
+            assert!(parse(&["-l", address]).is_err_and(|why| why.starts_with("1 ")), "{address}");
+            assert!(parse(&["-l", address, "--no-token"]).is_ok());
         }
-        assert!(
-            parse(&["-l", "127.9.9.9:1"], None).is_ok()
-                && parse(&["-l", "[::ffff:127.0.0.1]:1"], None).is_ok()
-        );
-        assert!(parse(&["--allow-origin", "*"], None).is_err_and(|why| why.starts_with("1 ")));
-        assert!(parse(&["--allow-origin=*", "--no-token"], None).is_ok());
-        assert!(parse(&["--allow-origin=*"], Some("secret")).is_ok());
+        assert!(parse(&["-l", "127.9.9.9:1"]).is_ok());
+        assert!(parse(&["-l", "[::ffff:127.0.0.1]:1"]).is_ok());
+        assert!(parse(&["--allow-origin", "*"]).is_err_and(|why| why.starts_with("1 ")));
+        assert!(parse(&["--allow-origin=*", "--no-token"]).is_ok());
     }
 
     #[test]
     fn tokens() {
-        let token =
-            |text| parse(&[], Some(text)).map(|config| config.policy.token.unwrap_or_default());
-        assert_eq!(token("secret"), Ok("secret".to_string()));
-        assert_eq!(token("  secret \r\nrest"), Ok("secret".to_string()));
-        for bad in ["", "  ", "\nsecret", "two words", "gr\u{fc}n"] {
-            assert!(token(bad).is_err_and(|why| why.starts_with("1 ")), "{bad:?}");
+        assert_eq!(with_token(b"secret"), Ok(Some("secret".to_string())));
+        assert_eq!(with_token(b"  secret \r\nrest"), Ok(Some("secret".to_string())));
+        for bad in [&b""[..], b"  ", b"\nsecret", b"two words", "gr\u{fc}n".as_bytes(), b"\xff\xfe"]
+        {
+            assert!(with_token(bad).is_err_and(|why| why.starts_with("1 ")), "{bad:?}");
         }
-        assert!(
-            parse(&["--token-file", "/nonexistent"], None).is_err_and(|why| why.starts_with("1 "))
-        );
-        assert!(
-            parse(&["--token-file", "/nonexistent"], Some("secret"))
-                .is_err_and(|why| why.starts_with("2 "))
-        );
+        let missing = parse(&["--token-file", "/nonesuch"]).err().unwrap();
+        assert!(missing.starts_with("1 --token-file /nonesuch: No such file"), "{missing}");
+        assert!(!missing.contains("os error"), "{missing}");
     }
 }

@@ -135,6 +135,12 @@ mod tests {
     fn the_token_is_left_out_and_long_texts_are_cut() {
         TOKEN.set("s3cret".to_string()).unwrap();
         assert_eq!(quoted(b"s3s3cret, s3cre s3crets"), r#""s3***, s3cre ***s""#);
+        assert!(has_token(b"a s3cret") && !has_token(b"s3cre"));
+        // No part of it is left where the text is cut in the middle of it.
+        for before in LONGEST_TEXT - 10..LONGEST_TEXT + 10 {
+            let text = ["x".repeat(before).as_bytes(), b"s3cret and more"].concat();
+            assert!(!quoted(&text).contains("s3"), "{before}");
+        }
         let quoted = quoted(&[7; 100_000]);
         assert!(quoted.len() < 48 << 10 && quoted.ends_with("\\x07...\""));
     }

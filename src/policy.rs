@@ -3,6 +3,7 @@
 //! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the
 //! browser adds, which the rules look at, and it cannot know a token.
 
+use crate::log::{has_token, quoted};
 use crate::refusal::{Refusal, ensure, shown};
 use crate::request::{Request, form_fields};
 use crate::words;
@@ -44,6 +45,14 @@ pub struct Allowed {
 pub struct CommandLine {
     pub text: Vec<u8>,
     pub words: Vec<Vec<u8>>,
+}
+
+impl CommandLine {
+    /// As the log has it: as it was asked for, unless quotes and backslashes could hide the token.
+    pub fn logged(&self) -> String {
+        let joined = self.words.join(&b' ');
+        quoted(if has_token(&joined) { &joined } else { &self.text })
+    }
 }
 
 /// What is to be done about a request.
@@ -155,12 +164,12 @@ impl Rules {
             [origin] if is_own(origin, request) || self.admits(origin) => return Ok(()),
             [origin, ..] => return Err(Refusal::Origin(shown(origin.as_bytes()))),
         }
-        let sites = request.values("sec-fetch-site");
-        let is_own = sites.iter().all(|site| matches!(*site, "same-origin" | "none"));
-        ensure(is_own, Refusal::OtherSite)?;
         let is_guarded = matches!(path, "/run" | "/commands");
         let navigates = request.values("sec-fetch-mode").contains(&"navigate");
         ensure(!is_guarded || !navigates, Refusal::Link)?;
+        let sites = request.values("sec-fetch-site");
+        let is_own = sites.iter().all(|site| matches!(*site, "same-origin" | "none"));
+        ensure(is_own, Refusal::OtherSite)?;
         let agents = request.values("user-agent");
         let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
         let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
@@ -274,7 +283,7 @@ fn host_name(authority: &str) -> Option<String> {
 /// somebody else's.
 fn means_here(name: &str, local: IpAddr) -> bool {
     if let Ok(address) = in_brackets(name).unwrap_or(name).parse::<IpAddr>() {
-        return address == local;
+        return address.to_canonical() == local;
     }
     let name = name.strip_suffix('.').unwrap_or(name);
     local.is_loopback() && (name == "localhost" || name.ends_with(".localhost"))
@@ -282,4 +291,75 @@ fn means_here(name: &str, local: IpAddr) -> bool {
 
 fn in_brackets(host: &str) -> Option<&str> {
     host.strip_prefix('[')?.strip_suffix(']')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn admits(pattern: &str, line: &str) -> bool {
+        let allowed = Allowed::parse(pattern).unwrap();
+        allowed.admits(&words::split(line.as_bytes()).unwrap())
+    }
+
+    #[test]
+    fn only_a_bare_star_behind_a_blank_is_the_wildcard() {
+        let table = [
+            ("df *", "df", true),
+            ("df *", "df -h /", true),
+            ("df *", "dfx", false),
+            ("df\t*", "df x", true),
+            ("df  *", "df x", true),
+            ("ls -d '*'", "ls -d '*'", true),
+            ("ls -d '*'", "ls -d x", false),
+            ("ls -d \\*", "ls -d x", false),
+            ("ls\\ *", "ls x", false),
+            ("ls\\ *", "'ls *'", true),
+            ("'ls' *", "ls x", true),
+            ("ls '-a *'", "ls -b", false),
+            ("ls*", "lsx", false),
+            ("*", "true", false),
+            ("*", "*", true),
+            (" *", "true", false),
+            ("echo 'a  b'", "echo \"a  b\"", true),
+            ("echo 'a  b'", "echo a b", false),
+            ("echo", "echo x", false),
+        ];
+        for (pattern, line, expected) in table {
+            assert_eq!(admits(pattern, line), expected, "{pattern} {line}");
+        }
+    }
+
+    #[test]
+    fn tokens_are_equal_or_not() {
+        for (given, expected) in
+            [("abc", true), ("abd", false), ("ab", false), ("abcd", false), ("", false)]
+        {
+            assert_eq!(equals_in_constant_time("abc", given), expected, "{given}");
+        }
+    }
+
+    #[test]
+    fn host_names() {
+        let table = [
+            ("a.b:1", Some("a.b")),
+            ("A", Some("a")),
+            ("a:", Some("a")),
+            ("[::1]", Some("[::1]")),
+            ("[::1]:80", Some("[::1]")),
+            ("", None),
+            (":80", None),
+            ("::1", None),
+            ("[::1", None),
+            ("[::1]x", None),
+            ("[]", None),
+            ("a:b", None),
+            ("a b", None),
+            ("a/b", None),
+            ("a@b", None),
+        ];
+        for (authority, expected) in table {
+            assert_eq!(host_name(authority).as_deref(), expected, "{authority}");
+        }
+    }
 }

@@ -97,3 +97,63 @@ fn parse(stat: &str) -> Option<Process> {
         is_zombie: matches!(fields[0], "Z" | "X"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn process(pid: u32, parent: u32, group: u32, session: u32) -> Process {
+        Process { pid, parent, group, session, start: u64::from(pid), is_zombie: false }
+    }
+
+    #[test]
+    fn names_may_hold_anything() {
+        let rest = "1 20 30 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 99 0 0";
+        for name in ["sh", "a b", "a) R 7 7 7", "((", ")", "\u{fffd}", ""] {
+            let parsed = parse(&format!("10 ({name}) S {rest}\n"));
+            let expected =
+                Process { pid: 10, parent: 1, group: 20, session: 30, start: 99, is_zombie: false };
+            assert_eq!(parsed, Some(expected), "{name}");
+        }
+        assert!(parse(&format!("10 (sh) Z {rest}")).unwrap().is_zombie);
+        for broken in ["", "10", "10 (sh)", "10 (sh) ", "10 (sh) S 1 2", "x (sh) S 1 2 3"] {
+            assert_eq!(parse(broken), None, "{broken}");
+        }
+    }
+
+    #[test]
+    fn this_process_is_listed() {
+        assert!(is_known());
+        let own = std::process::id();
+        let listed = all().into_iter().find(|process| process.pid == own).unwrap();
+        assert_eq!(listed.parent, std::os::unix::process::parent_id());
+        assert!(recent().iter().any(|process| process.is_same(&listed)));
+    }
+
+    #[test]
+    fn a_family_is_found_by_its_parents_within_the_session() {
+        let own = std::process::id();
+        let elsewhere = own + 1;
+        let all = [
+            // Listed before its parent.
+            process(13, 12, 12, own),
+            process(10, 1, 10, own),
+            process(11, 10, 10, own),
+            process(12, 11, 12, own),
+            // What has called setsid, and its own child.
+            process(14, 10, 14, elsewhere),
+            process(15, 14, 14, elsewhere),
+            // Somebody else's.
+            process(20, 1, 20, own),
+            // Known from before: one is the same, one has got its number since.
+            process(30, 1, 30, own),
+            process(31, 1, 31, own),
+        ];
+        let mut other = process(31, 10, 12, own);
+        other.start = 7;
+        let found = family(&all, 10, &[process(30, 10, 30, own), other]);
+        let mut numbers: Vec<u32> = found.iter().map(|process| process.pid).collect();
+        numbers.sort_unstable();
+        assert_eq!(numbers, [10, 11, 12, 13, 30]);
+    }
+}

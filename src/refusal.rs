@@ -46,7 +46,7 @@ pub enum Refusal {
 }
 
 /// The longest piece of what a client sent that it is shown again.
-const LONGEST_SHOWN: usize = 100;
+const LONGEST_SHOWN: usize = 200;
 /// What shells have built in, or as a part of their grammar, and people therefore type.
 const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eval exec exit export fg \
     for function history if jobs local read return select set shift source then trap type typeset ulimit \
@@ -66,6 +66,7 @@ impl Refusal {
                 %26, or curl --data-urlencode 'command=…'",
             ),
             Token => (401, "token missing or wrong; send the field Authorization: Bearer TOKEN"),
+            Origin(origin) if origin == "null" => (403, "origin not allowed; null is nobody's own"),
             Origin(_) => (403, "origin not allowed; --allow-origin {} would admit its pages"),
             OtherSite => (403, "another site's page calls; --allow-origin would admit it"),
             Link => (403, "a link runs nothing; link to the page and fill it in: /#uptime"),
@@ -148,13 +149,14 @@ impl From<std::io::Error> for Refusal {
 
 /// Why a program may not be there that somebody expected.
 fn about(name: &str) -> String {
-    if SHELL_WORDS.contains(&format!(" {name} ")) {
-        format!("it is a word of the shell's, and no shell is started: sh -c '{name} …'")
+    let reason = if SHELL_WORDS.contains(&format!(" {name} ")) {
+        "it is a word of the shell's"
     } else if name.contains('/') {
-        "neither it, or else the interpreter that its #! names, is there".to_string()
+        "neither it, or else the interpreter that its #! names, is there"
     } else {
-        "it is not on the server's PATH, and no shell is started: sh -c '…'".to_string()
-    }
+        "it is not on the server's PATH"
+    };
+    format!("{reason}, and no shell is started: sh -c '{name} …'")
 }
 
 /// What a client sent, as it can be shown in a line: controls escaped, cut where it is long.
@@ -175,4 +177,46 @@ pub fn words_of(error: &std::io::Error) -> String {
     let text = error.to_string();
     let (words, _) = text.split_once(" (os error").unwrap_or((&text, ""));
     words.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_told_is_one_line_in_two_parts() {
+        let name = || shown(b"a\r\nb\x1b[31m\xff");
+        let refusals = [
+            Refusal::Misdirected(name()),
+            Refusal::Origin(name()),
+            Refusal::Method("GET"),
+            Refusal::UnknownMethod(name()),
+            Refusal::NotAForm(name()),
+            Refusal::OtherField(name()),
+            Refusal::NoProgram(name()),
+            Refusal::CannotRun(name(), "why".to_string()),
+            Refusal::Busy("thread"),
+            Refusal::TransferEncoding,
+            Refusal::Token,
+        ];
+        for refusal in refusals {
+            let (status, words) = refusal.told();
+            assert!((400..600).contains(&status), "{words}");
+            assert!(words.contains("; ") && !words.contains("{}"), "{words}");
+            assert!(!words.chars().any(char::is_control), "{words}");
+        }
+    }
+
+    #[test]
+    fn words_of_the_shell_are_told_as_such() {
+        let told = |name: &str| Refusal::NoProgram(name.to_string()).told().1;
+        assert!(told("cd").contains("cd: no such program; it is a word of the shell's"));
+        assert!(!told("nonesuch").contains("word of the shell"));
+        assert!(told("/x/y").contains("interpreter"));
+    }
+
+    #[test]
+    fn long_texts_are_cut() {
+        assert_eq!(shown(&[b'x'; 1000]).len(), LONGEST_SHOWN);
+    }
 }

@@ -113,7 +113,7 @@ pub fn run(
             is_over.store(true, SeqCst);
             return Err(Refusal::Busy("thread"));
         }
-        let (peer, pid, text) = (client.peer, child.pid, quoted(&command.text));
+        let (peer, pid, text) = (client.peer, child.pid, command.logged());
         log::line(format_args!("run peer={peer} pid={pid} command={text}"));
         let now = Instant::now();
         let mut run = Run {

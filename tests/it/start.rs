@@ -1,46 +1,127 @@
-//! Section 1: options, errors, the readiness line, Unix sockets.
+//! Section 1: options, failures to start, the readiness line, streams that are closed or full.
 
 use crate::support::*;
-use std::io::{Read, Write};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::ffi::OsStr;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::process::{Command, Stdio};
 
 /// What the program says and its exit status, where it does not serve.
-fn refused(options: &[&str], variable: Option<&str>) -> (i32, String, String) {
-    let mut command = binary();
-    command.args(options).stdin(Stdio::null());
-    variable.map(|token| command.env("SSECOMMANDER_TOKEN", token));
-    let output = command.output().unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+fn refused(options: &[&str]) -> (i32, String, String) {
+    output_of(binary().args(options))
+}
+
+/// One line on stderr that has all of `parts`, nothing on stdout.
+fn is_refused(command: &mut Command, status: i32, parts: &[&str]) {
+    let (code, stdout, stderr) = output_of(command);
+    assert_eq!(
+        (code, stdout.as_str(), stderr.lines().count()),
+        (status, "", 1),
+        "{command:?} {stderr}"
+    );
+    for part in parts {
+        assert!(stderr.contains(part), "{part:?}: {command:?} {stderr}");
+    }
 }
 
 #[test]
-fn wrong_options_are_named_in_one_line() {
-    let table: &[(&[&str], &str)] = &[
-        (&["--nope"], "--nope"),
-        (&["extra"], "extra"),
-        (&["--listen"], "--listen"),
-        (&["--listen="], "--listen"),
-        (&["--timeout", "soon"], "--timeout"),
-        (&["--stall=0"], "--stall"),
-        (&["--heartbeat", "0"], "--heartbeat"),
-        (&["--grace", "-1"], "--grace"),
-        (&["--timeout", "31536001"], "--timeout"),
-        (&["--max-connections", "none"], "--max-connections"),
-        (&["--allow", "echo 'x"], "--allow"),
-        (&["--verbose=yes"], "--verbose"),
-        (&["--allow-origin", "ops.example"], "--allow-origin"),
+fn wrong_options_are_named_with_what_is_right() {
+    let table: &[(&[&str], &[&str])] = &[
+        (&["--nope"], &["--nope", "--help"]),
+        (&["-x"], &["-x", "--help"]),
+        (&["extra"], &["extra"]),
+        (&[""], &[]),
+        (&["--list", "0"], &["--list"]),
+        (&["--max-connections", "5"], &["--max-connections"]),
+        (&["--listen"], &["--listen"]),
+        (&["-l"], &["PORT"]),
+        (&["--listen="], &["--listen", "PORT"]),
+        (&["--listen", "127.0.0.1"], &["--listen", "PORT"]),
+        (&["--listen", "65536"], &["--listen", "PORT"]),
+        (&["--listen", "+80"], &["--listen", "PORT"]),
+        (&["--listen", "127.0.0.1:+80"], &["--listen", "PORT"]),
+        (&["--listen", "example.com:80"], &["--listen", "PORT"]),
+        (&["--listen", "::1:0"], &["--listen", "PORT"]),
+        (&["--listen", "unix:/tmp/socket"], &["--listen", "PORT"]),
+        (&["--listen", "0", "--listen", "0"], &["--listen"]),
+        (&["-l", "0", "--listen=127.0.0.1:0"], &["--listen"]),
+        (&["--timeout", "soon"], &["--timeout"]),
+        (&["--timeout", ""], &["--timeout"]),
+        (&["--timeout", "nan"], &["--timeout"]),
+        (&["--timeout", "inf"], &["--timeout"]),
+        (&["--timeout", "+5"], &["--timeout"]),
+        (&["--timeout", "0x5"], &["--timeout"]),
+        (&["--timeout", " 5"], &["--timeout"]),
+        (&["--timeout", "5s"], &["--timeout"]),
+        (&["--timeout", "31536001"], &["--timeout"]),
+        (&["--timeout", "31536000.1"], &["--timeout"]),
+        (&["--timeout", "99999999999999999999999"], &["--timeout"]),
+        (&["--grace", "-1"], &["--grace"]),
+        (&["--grace", "31536001"], &["--grace"]),
+        (&["--heartbeat", "0"], &["--heartbeat"]),
+        (&["--heartbeat", "0.0"], &["--heartbeat"]),
+        (&["--heartbeat=31536001"], &["--heartbeat"]),
+        (&["--stall=0"], &["--stall"]),
+        (&["--stall=-0.5"], &["--stall"]),
+        (&["--max-commands", "none"], &["--max-commands"]),
+        (&["--max-commands", "+5"], &["--max-commands"]),
+        (&["--max-commands", "-5"], &["--max-commands"]),
+        (&["--max-commands", "0.5"], &["--max-commands"]),
+        (&["--max-commands="], &["--max-commands"]),
+        (&["--max-commands", "99999999999999999999999"], &["--max-commands"]),
+        (&["--allow", "echo 'x"], &["--allow"]),
+        (&["--allow", "echo 'x *"], &["--allow"]),
+        (&["--allow", ""], &["--allow"]),
+        (&["--allow", "  "], &["--allow"]),
+        (&["--allow"], &["--allow"]),
+        (&["--verbose=yes"], &["--verbose"]),
+        (&["--verbose="], &["--verbose"]),
+        (&["--no-token=1"], &["--no-token"]),
+        (&["--help=yes"], &["--help"]),
+        (&["--version="], &["--version"]),
+        (&["--allow-origin", "ops.example"], &["--allow-origin", "https://"]),
+        (&["--allow-origin", "https://ops.example/page"], &["--allow-origin", "https://"]),
+        (&["--token-file"], &["--token-file"]),
+        // What could be taken for a success stands alone.
+        (&["-h", "-v"], &["-h"]),
+        (&["-v", "-h"], &["-h"]),
+        (&["-V", "--listen", "0"], &["-V"]),
+        (&["--help", "--version"], &["--"]),
+        (&["--help", "--help"], &["--help"]),
+        (&["--help", "extra"], &["--help"]),
+        // Quotes that were forgotten.
+        (&["--allow", "df", "-h"], &["-h", "quote"]),
+        (&["--allow=df", "--help"], &["--help", "quote"]),
+        (&["--allow", "uname", "-V"], &["-V", "quote"]),
+        (&["--allow", "ls", "-l"], &["-l", "quote"]),
+        (&["--allow", "ls", "-l", "/tmp"], &["quote"]),
+        (&["--allow", "ls", "/tmp"], &["/tmp", "quote"]),
+        (&["--allow", "ls", "-a"], &["-a", "quote"]),
+        (&["--allow", "ls", "--color"], &["--color", "quote"]),
     ];
-    for (options, name) in table {
-        let (status, stdout, stderr) = refused(options, None);
-        assert_eq!(
-            (status, stdout.as_str(), stderr.lines().count()),
-            (2, "", 1),
-            "{options:?} {stderr}"
-        );
-        assert!(stderr.contains(name), "{stderr}");
+    for (options, parts) in table {
+        is_refused(binary().args(*options), 2, parts);
+    }
+}
+
+/// A byte that is no character would otherwise name another file, or admit another command.
+#[test]
+fn arguments_that_are_not_text_are_wrong() {
+    let folder = Folder::new();
+    let file = folder.write("token-\u{fffd}", "secret\n");
+    let broken = file.replace('\u{fffd}', "\u{1}");
+    for (options, value) in [
+        (&["--listen=0", "--allow"][..], "echo \u{1}"),
+        (&["--listen=0", "--token-file"], broken.as_str()),
+        (&["--listen=0"], "--allow=echo \u{1}"),
+        (&["--listen=0"], "\u{1}"),
+        (&["--listen"], "\u{1}0"),
+    ] {
+        let bytes = value.bytes();
+        let bytes: Vec<u8> = bytes.map(|byte| if byte == 1 { 0xff } else { byte }).collect();
+        let mut command = binary();
+        command.args(options).arg(OsStr::from_bytes(&bytes));
+        is_refused(&mut command, 2, &[]);
     }
 }
 
@@ -48,194 +129,253 @@ fn wrong_options_are_named_in_one_line() {
 fn what_cannot_be_had_is_named_in_one_line() {
     let folder = Folder::new();
     let empty = folder.write("empty", "\nsecret\n");
-    let file = folder.write("file", "");
-    let nowhere = format!("unix:{}", folder.path("no/such/folder"));
-    let on_file = format!("unix:{file}");
+    let nothing = folder.write("nothing", "");
     let taken = Server::start(&[]);
     let table: &[(&[&str], &str)] = &[
         (&["--listen", &taken.address], &taken.address),
+        (&["--listen", "192.0.2.1:0"], "192.0.2.1"),
         (&["--listen", "0.0.0.0:0"], "--token-file"),
         (&["--listen", "[::]:0"], "--token-file"),
         (&["--allow-origin", "*"], "--token-file"),
+        (&["--allow-origin", "https://ops.example", "--allow-origin=*"], "--token-file"),
         (&["--token-file", "/no/such/file"], "/no/such/file"),
+        (&["--token-file", "/"], "/"),
         (&["--token-file", &empty], "empty"),
-        (&["--listen", &nowhere], "no/such/folder"),
-        (&["--listen", &on_file], "no socket"),
+        (&["--token-file", &nothing], "empty"),
     ];
     for (options, name) in table {
-        let (status, stdout, stderr) = refused(options, None);
-        assert_eq!(
-            (status, stdout.as_str(), stderr.lines().count()),
-            (1, "", 1),
-            "{options:?} {stderr}"
-        );
-        assert!(stderr.contains(name), "{stderr}");
+        is_refused(binary().args(*options), 1, &[name]);
     }
-    assert_eq!(refused(&[], Some("")).0, 1);
-    assert_eq!(refused(&["--token-file", &file], Some("secret")).0, 2);
-    assert!(std::fs::metadata(file).unwrap().is_file());
 }
 
 #[test]
 fn help_and_version_go_to_stdout() {
-    let (status, help, stderr) = refused(&["--help"], None);
+    let (status, help, stderr) = refused(&["--help"]);
     assert_eq!((status, stderr.as_str()), (0, ""));
-    let options = "--listen --allow --token-file --no-token --allow-origin --max-connections --timeout --grace --heartbeat --stall --verbose --help --version -l -v -h -V SSECOMMANDER_TOKEN";
+    let options = "--listen --allow --token-file --no-token --allow-origin --max-commands --timeout --grace --heartbeat --stall --verbose --help --version -l -v -h -V";
     for option in options.split(' ') {
         assert!(help.contains(option), "{option}");
     }
-    assert_eq!(refused(&["-h"], None).1, help);
+    for gone in ["SSECOMMANDER_TOKEN", "unix:", "--max-connections"] {
+        assert!(!help.contains(gone), "{gone}");
+    }
+    assert_eq!(refused(&["-h"]), (0, help, String::new()));
     let version = format!("ssecommander {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!(refused(&["-V"], None), (0, version.clone(), String::new()));
-    assert_eq!(refused(&["--version"], None).1, version);
+    assert_eq!(refused(&["-V"]), (0, version.clone(), String::new()));
+    assert_eq!(refused(&["--version"]), (0, version, String::new()));
 }
 
 #[test]
 fn listens_where_it_is_told() {
-    for listen in ["0", "127.0.0.1:0", "[::1]:0", "127.3.2.1:0"] {
+    for (listen, address) in [
+        (&["--listen", "0"][..], "127.0.0.1:"),
+        (&["--listen=127.0.0.1:0"], "127.0.0.1:"),
+        (&["-l", "localhost:0"], "127.0.0.1:"),
+        (&["--listen=[::1]:0"], "[::1]:"),
+        (&["-l", "127.3.2.1:0"], "127.3.2.1:"),
+    ] {
         let mut command = binary();
-        command.arg(format!("--listen={listen}"));
+        command.args(listen);
         let server = Server::start_command(command);
+        assert!(server.address.starts_with(address), "{}", server.address);
         assert!(!server.address.ends_with(":0"));
-        assert_eq!(outcome(&server.run("true")), "exited:0", "{listen}");
+        assert_eq!(outcome(&server.run("true")), "exited:0", "{listen:?}");
     }
-}
-
-#[test]
-fn closed_streams_do_not_stop_it() {
-    let mut command = Command::new("sh");
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    command.args(["-c", "exec \"$0\" --listen \"unix:$1\" >&- 2>&-", BINARY, &socket]);
-    let mut process = command.spawn().unwrap();
-    wait_for("the socket", || UnixStream::connect(&socket).is_ok());
-    for _ in 0..3 {
-        let response = unix_request(
-            &socket,
-            "GET /run?command=sh+-c+'echo+x;ls+/proc/self/fd' HTTP/1.0\r\n\r\n",
-        );
-        assert!(
-            response.contains("\"out\":\"x\\n") && response.contains("event: exit"),
-            "{response}"
-        );
-        // Standard streams, and the one that ls opens.
-        assert!(
-            response.contains("\\n0\\n1\\n2\\n3\\n") || response.contains("\"0\\n1\\n2\\n3\\n"),
-            "{response}"
-        );
-    }
-    signal_process(process.id(), "TERM");
-    assert!(process.wait().unwrap().success());
-}
-
-fn unix_request(socket: &str, request: &str) -> String {
-    let mut stream = UnixStream::connect(socket).unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut response = String::new();
-    stream.read_to_string(&mut response).unwrap();
-    response
-}
-
-fn start_on_socket(socket: &str, options: &[&str]) -> Server {
+    // A port by its number alone.
+    let address = free_address();
+    let port = address.rsplit(':').next().unwrap();
     let mut command = binary();
-    command.args(["--listen", &format!("unix:{socket}")]);
-    command.args(options);
-    Server::start_command(command)
+    command.args(["--listen", port]);
+    assert_eq!(Server::start_command(command).address, format!("127.0.0.1:{port}"));
+}
+
+/// The port may be somebody else's at the moment: then it is that one which is refused.
+#[test]
+fn listens_on_port_3000_where_nothing_is_told() {
+    let mut command = binary();
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    let mut line = String::new();
+    let mut stdout = BufReader::new(process.stdout.take().unwrap());
+    stdout.read_line(&mut line).unwrap();
+    if line.is_empty() {
+        let mut stderr = String::new();
+        let mut pipe = process.stderr.take().unwrap();
+        pipe.read_to_string(&mut stderr).unwrap();
+        assert!(stderr.contains("127.0.0.1:3000"), "{stderr}");
+        assert_eq!(process.wait().unwrap().code(), Some(1));
+    } else {
+        assert_eq!(line, "ssecommander listening on http://127.0.0.1:3000\n");
+        signal_process(process.id(), "TERM");
+        assert!(process.wait().unwrap().success());
+    }
 }
 
 #[test]
-fn a_unix_socket_is_the_owner_s_alone_and_goes_with_the_server() {
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    let mut server = start_on_socket(&socket, &[]);
-    assert_eq!(server.address, socket);
-    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
-    let request =
-        "GET /run?command=echo+hi HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
-    assert!(unix_request(&socket, request).contains("\"out\":\"hi\\n\""));
-    let foreign =
-        "GET /run?command=echo+hi HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n";
-    assert!(unix_request(&socket, foreign).starts_with("HTTP/1.1 421 "));
-    server.logged(&["run peer=unix", "command=\"echo hi\""]);
-    // On a socket where a server answers nothing is replaced.
-    let (status, _, stderr) = refused(&["--listen", &format!("unix:{socket}")], None);
-    assert_eq!(status, 1, "{stderr}");
+fn values_at_their_limits() {
+    for options in [
+        &["--timeout", "31536000", "--grace", "31536000"][..],
+        &["--heartbeat=31536000", "--stall=31536000"],
+        &["--timeout=0", "--grace=0", "--max-commands=1"],
+        &["--timeout", "0.0", "--grace", "0.0"],
+        &["--heartbeat", "0.001", "--stall", "0.5"],
+        &["--timeout", "8.25", "--grace", "0.125", "-v"],
+        &["--max-commands", "100000"],
+        &["--allow", "true", "--allow=false"],
+        &["--allow-origin", "*", "--no-token"],
+        &["--allow-origin=https://a.example", "--allow-origin=http://b.example:8080"],
+    ] {
+        let server = Server::start(options);
+        let fields = "Origin: http://".to_string() + &server.address + "\r\n";
+        let events = server.get("/run?command=true", &fields).events();
+        assert_eq!(outcome(&events), "exited:0", "{options:?}");
+    }
+}
+
+/// Only a blank and a bare star at the end of the text is the wildcard.
+#[test]
+fn what_is_a_wildcard() {
+    for (allowed, table) in [
+        (
+            "echo a *",
+            &[
+                ("echo a", 200),
+                ("echo a b 'c d'", 200),
+                ("echo 'a b'", 403),
+                ("echo", 403),
+                ("echo ab", 403),
+            ][..],
+        ),
+        ("echo 'a' *", &[("echo a b", 200), ("echo b", 403)]),
+        ("echo '*'", &[("echo '*'", 200), ("echo a", 403)]),
+        ("echo \"*\"", &[("echo '*'", 200), ("echo a", 403)]),
+        ("echo \\*", &[("echo '*'", 200), ("echo a", 403)]),
+        ("echo \\ *", &[("echo ' *'", 200), ("echo a", 403)]),
+        ("echo a*", &[("echo 'a*'", 200), ("echo ab", 403)]),
+        ("echo ' *'", &[("echo ' *'", 200), ("echo a", 403)]),
+        ("echo * a", &[("echo '*' a", 200), ("echo b a", 403)]),
+        ("echo **", &[("echo '**'", 200), ("echo a", 403)]),
+        ("*", &[("echo a", 403), ("true", 403), ("'*'", 200)]),
+    ] {
+        let server = Server::start(&["--allow", allowed]);
+        for (command, status) in table {
+            let response = server.get(&run_target(command), "");
+            assert_eq!(response.status, *status, "{allowed}: {command}");
+        }
+    }
+}
+
+/// Whoever can be handed a variable is handed to every command as well: none is the token.
+#[test]
+fn no_variable_is_a_token() {
+    let mut command = binary();
+    command.args(["--listen", "127.0.0.1:0"]).env("SSECOMMANDER_TOKEN", "secret");
+    let server = Server::start_command(command);
+    let events = server.run("sh -c 'echo $SSECOMMANDER_TOKEN'");
+    assert_eq!(output(&events, "stdout"), "secret\n");
+    // Nor does it admit an address that needs one.
+    let mut command = binary();
+    command.args(["--listen", "0.0.0.0:0"]).env("SSECOMMANDER_TOKEN", "secret");
+    is_refused(&mut command, 1, &["--token-file"]);
+}
+
+/// What is not the one line of readiness is a line of the log.
+#[test]
+fn one_line_on_stdout_and_the_log_on_stderr() {
+    let mut command = binary();
+    command
+        .args(["--listen=127.0.0.1:0", "--verbose"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut process = command.spawn().unwrap();
+    let mut stdout = BufReader::new(process.stdout.take().unwrap());
+    let mut line = String::new();
+    stdout.read_line(&mut line).unwrap();
+    let address = address_of(&line).unwrap();
+    let mut server = Server::found(process, address, 0);
+    assert_eq!(outcome(&server.run("echo out")), "exited:0");
+    assert_eq!(outcome(&server.run("nonesuch")), "failed:127");
+    assert_eq!(server.get("/none", "").status, 404);
+    let mut stderr = server.process.stderr.take().unwrap();
     server.signal("TERM");
+    let (mut rest, mut log) = (String::new(), String::new());
+    stdout.read_to_string(&mut rest).unwrap();
+    stderr.read_to_string(&mut log).unwrap();
+    assert_eq!(rest, "");
     assert!(server.exit_status().success());
-    assert!(!std::path::Path::new(&socket).exists());
+    let happenings: Vec<_> = log.lines().map(|line| line.split(' ').nth(1).unwrap()).collect();
+    for happening in ["listen", "run", "exit", "refuse", "stdout", "shutdown"] {
+        assert!(happenings.contains(&happening), "{happening}: {log}");
+    }
+    assert_eq!(happenings[0], "listen");
 }
 
-#[test]
-fn a_hang_up_on_a_unix_socket_kills() {
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    let server = start_on_socket(&socket, &[]);
-    let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.write_all(b"GET /run?command=sleep+1000 HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
-    let line = server.logged(&["run peer=unix"]);
-    let pid = line.split("pid=").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
-    drop(stream);
-    is_gone(pid);
-    server.logged(&["exit peer=unix", "out=gone"]);
-}
-
-/// There is no TCP to give the client up.
-#[test]
-fn a_stall_on_a_unix_socket_kills() {
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    let server = start_on_socket(&socket, &["--stall", "1"]);
-    let mut stream = UnixStream::connect(&socket).unwrap();
-    stream.write_all(b"GET /run?command=yes HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
-    server.logged(&["exit peer=unix", "out=stalled"]);
-    assert!(server.children().is_empty());
-}
-
-/// Nothing follows an answer that breaks off, though more was asked for.
-#[test]
-fn an_answer_that_is_not_read_is_the_last() {
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    let server = start_on_socket(&socket, &["--stall", "1"]);
-    let mut stream = UnixStream::connect(&socket).unwrap();
-    let request = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    stream.write_all(request.repeat(200).as_bytes()).unwrap();
-    wait_for("the connection's thread", || server.threads() == 2);
-    wait_for("the connection's end", || server.threads() == 1);
-    let mut answers = Vec::new();
-    // Closing with requests unread sends a reset.
-    let _ = stream.read_to_end(&mut answers);
-    let answers = String::from_utf8(answers).unwrap();
-    let answers = answers.split("HTTP/1.1 200 OK\r\n").skip(1);
-    let lengths: Vec<_> = answers.map(str::len).collect();
-    let (first, last) = (lengths[0], lengths[lengths.len() - 1]);
-    assert!(lengths.len() < 200 && last <= first, "{lengths:?}");
-    let whole = &lengths[..lengths.len() - 1];
-    assert!(whole.iter().all(|&length| length == first));
-}
-
-#[test]
-fn a_dead_server_s_socket_is_replaced() {
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    drop(UnixListener::bind(&socket).unwrap());
-    let mut server = start_on_socket(&socket, &[]);
-    server.process.kill().unwrap();
-    server.process.wait().unwrap();
-    assert!(std::path::Path::new(&socket).exists());
-    let server = start_on_socket(&socket, &[]);
-    assert!(unix_request(&server.address, "GET / HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 200 "));
-}
-
-#[test]
-fn somebody_else_s_socket_is_not_removed() {
-    let folder = Folder::new();
-    let socket = folder.path("socket");
-    let mut server = start_on_socket(&socket, &[]);
-    std::fs::remove_file(&socket).unwrap();
-    let _other = UnixListener::bind(&socket).unwrap();
+/// Starts the program where its readiness cannot be read, and expects it to serve and to end all the same.
+fn serves_unheard(mut command: Command, address: &str) {
+    command.args(["--listen", address]);
+    let process = command.spawn().unwrap();
+    wait_for("the port to be open", || std::net::TcpStream::connect(address).is_ok());
+    let mut server = Server::found(process, address.to_string(), 0);
+    let usual = descriptors_of_a_command();
+    for _ in 0..3 {
+        assert_eq!(server.get("/none", "").status, 404);
+        let events = server.run("sh -c 'echo y >&2; exec ls /proc/self/fd'");
+        assert_eq!(output(&events, "stdout"), usual);
+        assert_eq!(output(&events, "stderr"), "y\n");
+        assert_eq!(outcome(&events), "exited:0");
+    }
+    let (mut client, _) = server.begin("sleep 1000");
     server.signal("TERM");
-    assert!(server.exit_status().success());
-    assert!(std::path::Path::new(&socket).exists());
+    assert_eq!(outcome(&client.rest()), "shutdown:15");
+    assert_eq!(server.exit_status().code(), Some(0));
+}
+
+#[test]
+fn streams_that_are_closed_or_full_do_not_stop_it() {
+    for redirections in ["<&- >&- 2>&-", ">&-", "2>&-", ">/dev/full 2>/dev/full", ">&- 2>/dev/full"]
+    {
+        let command = binary_by_shell(&format!("exec \"$@\" {redirections}"));
+        serves_unheard(command, &free_address());
+    }
+}
+
+#[test]
+fn pipes_that_nobody_reads_do_not_stop_it() {
+    let mut stdout = Fifo::new();
+    stdout.fill();
+    let mut stderr = Fifo::new();
+    stderr.fill();
+    for waits in [true, false] {
+        // Full, both or one; and without anybody who could read.
+        for (out, err) in [(true, true), (true, false), (false, true)] {
+            let mut command = binary();
+            command.stdin(Stdio::null());
+            if out {
+                command.stdout(stdout.writer(waits));
+            } else {
+                command.stdout(Stdio::null());
+            }
+            if err {
+                command.stderr(stderr.writer(waits));
+            } else {
+                command.stderr(Stdio::null());
+            }
+            serves_unheard(command, &free_address());
+        }
+    }
+    for setup in ["exec \"$@\" 2>/dev/null | :", "exec \"$@\" 2>&1 >/dev/null | :"] {
+        // The shell stays, for the pipe; the program below it is the supervisor.
+        let mut command = binary_by_shell(setup);
+        let address = free_address();
+        command.args(["--listen", &address]);
+        let process = command.spawn().unwrap();
+        wait_for("the port to be open", || std::net::TcpStream::connect(&address).is_ok());
+        let mut server = Server::found(process, address, 1);
+        assert_eq!(server.get("/none", "").status, 404);
+        assert_eq!(outcome(&server.run("echo x")), "exited:0");
+        server.signal("TERM");
+        server.exit_status();
+        server.is_gone();
+    }
 }

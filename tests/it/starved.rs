@@ -1,54 +1,32 @@
 //! Where processes, threads, descriptors or addresses run out: a user of its own, with low limits.
 
+use crate::limits::{stays_idle, until_none_is_left};
 use crate::support::*;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::atomic::AtomicUsize;
 
-/// A server of a user that nobody else is, so that only its own processes count; limited as `prlimit` takes it.
-fn limited(folder: &Folder, user: &str, limit: &str) -> Server {
-    let binary = folder.path("ssecommander");
-    std::fs::copy(BINARY, &binary).unwrap();
-    for path in [folder.path(""), binary.clone()] {
-        assert!(Command::new("chmod").args(["755", &path]).status().unwrap().success());
-    }
+/// The program as a user that nobody else is, so that only its own processes count; limited as `prlimit` takes it.
+fn limited(binary: &[String], user: &str, limit: &str) -> Command {
     let mut command = Command::new("prlimit");
-    command.args([limit, "setpriv", "--reuid", user, "--regid", user, "--clear-groups"]);
-    command.args([&binary, "--listen", "127.0.0.1:0", "--grace", "0.5"]);
+    command.args([limit, "setpriv", "--reuid", user, "--regid", user]);
+    command.arg("--clear-groups").args(binary);
+    command.args(["--listen", "127.0.0.1:0", "--grace", "0.5"]);
     command.current_dir("/");
-    Server::start_command(command)
+    command
 }
 
-/// Starts streams until one is refused, and expects the server to stay idle, to recover, and to have panicked nowhere.
-fn starves_and_recovers(user: &str, limit: &str) {
+/// Starts streams until none is to be had, and expects the server to stay idle, to recover, and to have panicked nowhere.
+fn starves_and_recovers(user: &str, limit: &str, refusals: &AtomicUsize) {
     let folder = Folder::new();
-    let server = limited(&folder, user, limit);
+    let server = Server::start_command(limited(&binary_for_all(&folder), user, limit));
     let rest = server.at_rest();
-    for _ in 0..3 {
-        let mut held = Vec::new();
-        loop {
-            let mut client = server.connect();
-            client.write(format!(
-                "GET /run?command=sleep+1000 HTTP/1.1\r\nHost: {}\r\n\r\n",
-                server.address
-            ));
-            let head = client.head();
-            if head.status != 200 {
-                assert_eq!((head.status, head.field("retry-after")), (503, Some("1")));
-                break;
-            }
-            held.push(client);
-            assert!(held.len() < 120, "nothing runs out");
-        }
-        assert!(!held.is_empty());
-        // Refused again and again, and idle in between.
-        for _ in 0..20 {
-            assert_eq!(server.get("/run?command=true", "").status, 503);
-        }
-        let before = server.processor_time();
-        std::thread::sleep(Duration::from_secs(1));
-        let spent = server.processor_time() - before;
-        assert!(spent < 20, "it spins: {spent} ticks");
-        drop(held);
+    for _ in 0..2 {
+        let held = until_none_is_left(&server, refusals);
+        // Again and again, and idle in between.
+        let more: Vec<_> = (0..20).map(|_| server.connect()).collect();
+        stays_idle(&server);
+        assert_eq!(server.children().len(), held.len());
+        drop((held, more));
         server.comes_to_rest(rest);
         assert_eq!(outcome(&server.run("true")), "exited:0");
     }
@@ -57,20 +35,77 @@ fn starves_and_recovers(user: &str, limit: &str) {
     assert!(!log.contains("panicked"), "{log}");
 }
 
+/// A stream takes several of what is short: each of these leaves another number over for the last.
+fn at_each_limit(user: &str, name: &str, limits: std::ops::Range<usize>) {
+    let refusals = AtomicUsize::new(0);
+    for limit in limits {
+        starves_and_recovers(user, &format!("--{name}={limit}"), &refusals);
+    }
+    assert!(refusals.into_inner() > 0);
+}
+
 #[test]
 #[ignore = "needs root and util-linux"]
 fn starved_of_processes_and_threads() {
-    starves_and_recovers("54321", "--nproc=40");
+    at_each_limit("54321", "nproc", 38..43);
 }
 
 #[test]
 #[ignore = "needs root and util-linux"]
 fn starved_of_descriptors() {
-    starves_and_recovers("54322", "--nofile=40");
+    at_each_limit("54322", "nofile", 36..41);
 }
 
+/// Where no thread is to be had that is said; where no memory is, the server ends, and all with it.
 #[test]
 #[ignore = "needs root and util-linux"]
 fn starved_of_addresses() {
-    starves_and_recovers("54323", "--as=30000000");
+    let folder = Folder::new();
+    let binary = binary_for_all(&folder);
+    for megabytes in [12, 16, 20, 30, 50] {
+        let limit = format!("--as={}", megabytes * 1_000_000);
+        let mut server = Server::start_command(limited(&binary, "54323", &limit));
+        let host = server.address.clone();
+        let mut held = Vec::new();
+        for _ in 0..120 {
+            let Ok(stream) = std::net::TcpStream::connect(&server.address) else {
+                break;
+            };
+            let timeout = Some(std::time::Duration::from_secs(3));
+            stream.set_read_timeout(timeout).unwrap();
+            let mut client = Client::of(stream);
+            client.write(format!("GET /run?command=sleep+1000 HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+            let mut answer = [0; 12];
+            let read = std::io::Read::read_exact(&mut client.stream, &mut answer);
+            if read.is_err() || answer != *b"HTTP/1.1 200" {
+                assert!(read.is_err() || answer == *b"HTTP/1.1 503", "{answer:?}");
+                break;
+            }
+            held.push(client);
+        }
+        assert!(held.len() < 120, "nothing runs out");
+        if server.process.try_wait().unwrap().is_none() && server.is_alive() {
+            stays_idle(&server);
+            drop(held);
+            server.session_has(0);
+            assert_eq!(outcome(&server.run("true")), "exited:0");
+        } else {
+            server.exit_status();
+            assert_eq!(server.session(), [0; 0]);
+        }
+        let log = server.log();
+        assert!(!log.contains("panicked"), "{log}");
+        drop(server);
+    }
+}
+
+/// Not even a second process: a failure to start like any other.
+#[test]
+#[ignore = "needs root and util-linux"]
+fn starved_at_the_start() {
+    let folder = Folder::new();
+    let mut command = limited(&binary_for_all(&folder), "54324", "--nproc=1");
+    let (status, stdout, stderr) = output_of(&mut command);
+    assert_eq!((status, stdout.as_str()), (1, ""), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
 }
