@@ -88,8 +88,8 @@ fn parse_options(args: &[String]) -> Result<Config, Exit> {
             "--heartbeat" => parse_some_seconds(value()).map(|new| limits.heartbeat = new),
             "--stall" => parse_some_seconds(value()).map(|new| limits.stall = new),
             _ if given.is_some() => Err("there is no such option with a value"),
-            "--no-token" => Ok(no_token = true),
-            "-v" | "--verbose" => Ok(limits.verbose = true),
+            "--no-token" => set(&mut no_token),
+            "-v" | "--verbose" => set(&mut limits.verbose),
             "-h" | "--help" | "-V" | "--version" => Err("it stands alone"),
             _ => Err("there is no such option"),
         };
@@ -119,6 +119,11 @@ fn check_exposure(address: &SocketAddr, rules: &Rules) -> Result<(), Exit> {
     };
     let remedy = "needs --token-file, or --no-token if anybody may run anything";
     Err(Exit(1, format!("{danger} {remedy}")))
+}
+
+fn set(flag: &mut bool) -> Parsed<()> {
+    *flag = true;
+    Ok(())
 }
 
 fn parse_address(text: &str) -> Parsed<SocketAddr> {

@@ -16,6 +16,8 @@ const QUEUE: usize = 512;
 /// So much of a text is logged. It stays far below the 48 KiB at which journald cuts a line in two, and a
 /// second half could be made to look like a line of its own.
 const LONGEST_TEXT: usize = 8_000;
+/// Of the token. Fewer characters stand in many a text by chance, and tell nothing.
+const SHORTEST_PART: usize = 4;
 /// How long the program's end waits for the last lines.
 const LAST_MOMENT: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_millis(1);
@@ -74,12 +76,19 @@ pub fn finish() {
 }
 
 /// A text from outside, as a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII escaped,
-/// the token as `***`.
+/// the token as `***`, and so what may be a part of it that the text's ends cut off.
 pub fn quoted(text: &[u8]) -> String {
     let mut text = escape(text);
-    if let Some(token) = TOKEN.get() {
-        // Before the text is cut, or a part of the token could be left at its end.
-        text = text.replace(&escape(token.as_bytes()), "***");
+    if let Some(token) = TOKEN.get().map(|token| escape(token.as_bytes())) {
+        text = text.replace(&token, "***");
+        for length in (SHORTEST_PART..token.len()).rev() {
+            if let Some(start) = text.strip_suffix(&token[..length]) {
+                text = format!("{start}***");
+            }
+            if let Some(end) = text.strip_prefix(&token[token.len() - length..]) {
+                text = format!("***{end}");
+            }
+        }
     }
     let cut = if text.len() > LONGEST_TEXT { "..." } else { "" };
     text.truncate(LONGEST_TEXT);

@@ -285,7 +285,8 @@ fn signals_that_come_together_are_one() {
         succeeds(Command::new("kill").args(["-s", signal]).args(pids));
     };
     let to_one = |server: &Server, signal: &str| server.signal(signal);
-    let ways: [(&str, &(dyn Fn(&Server) + Sync)); 5] = [
+    type Way<'a> = (&'a str, &'a (dyn Fn(&Server) + Sync));
+    let ways: [Way; 5] = [
         ("TERM to both", &|server| to_both(server, "TERM")),
         ("INT to both", &|server| to_both(server, "INT")),
         ("TERM twice", &|server| {
