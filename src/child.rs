@@ -4,7 +4,7 @@
 //! have gone to somebody else: drain, signal, reap.
 
 use crate::processes::{self, Process};
-use crate::refusal::{Refusal, shown, words_of};
+use crate::refusal::{self, Refusal, shown, words_of};
 use crate::sys;
 use std::os::fd::OwnedFd;
 use std::os::unix::{ffi::OsStrExt, process::CommandExt};
@@ -139,11 +139,11 @@ fn why_not_started(error: &io::Error, program: &OsStr) -> Refusal {
     const ENAMETOOLONG: i32 = 36;
     let program = shown(program.as_bytes());
     match error.raw_os_error().unwrap_or(0) {
-        EAGAIN | ENOMEM => Refusal::Busy("process"),
-        ENFILE | EMFILE => Refusal::Busy("descriptor"),
+        EAGAIN | ENOMEM => refusal::BUSY.about("process"),
+        ENFILE | EMFILE => refusal::BUSY.about("descriptor"),
         // What the search along PATH says where it finds nothing.
-        ENOENT | ENOTDIR | ENAMETOOLONG => Refusal::NoProgram(program),
-        ENOEXEC => Refusal::CannotRun(program, "a script begins with #!".to_string()),
-        _ => Refusal::CannotRun(program, words_of(error)),
+        ENOENT | ENOTDIR | ENAMETOOLONG => refusal::no_program(&program),
+        ENOEXEC => refusal::cannot_run(&program, "a script begins with #!"),
+        _ => refusal::cannot_run(&program, &words_of(error)),
     }
 }

@@ -4,7 +4,7 @@ use crate::log::{self, quoted};
 use crate::output::Stream;
 use crate::pipes::{Content, TICK, is_passing};
 use crate::policy::{CommandLine, Rules, Verdict};
-use crate::refusal::{Refusal, ensure};
+use crate::refusal::{self, Refusal, ensure};
 use crate::request::{Request, percent_decode};
 use crate::response::{CONTINUE, Context, USAGE};
 use crate::run::{self, Client, Limits};
@@ -94,7 +94,7 @@ impl Connection<'_> {
         let mut form = Vec::new();
         match self.try_exchange(&mut request, &mut form) {
             Ok(goes_on) => goes_on,
-            Err(Refusal::Gone) => false,
+            Err(refusal) if refusal == refusal::GONE => false,
             Err(refusal) => self.refuse(&request, &form, &refusal),
         }
     }
@@ -123,13 +123,12 @@ impl Connection<'_> {
     /// Reads the form that holds the command; the rules have let no long one pass.
     fn read_form(&mut self, request: &Request, form: &mut Vec<u8>) -> Result<(), Refusal> {
         if request.expects_continue() && !self.write(CONTINUE.as_bytes()) {
-            return Err(Refusal::Gone);
+            return Err(refusal::GONE);
         }
         self.allow(ARRIVAL_TIME);
         let length = request.content_length;
         (&mut self.input).take(length).read_to_end(form)?;
-        let broken = "content breaks off; send as many bytes as Content-Length says";
-        ensure(form.len() as u64 == length, Refusal::Malformed(broken))
+        ensure(form.len() as u64 == length, refusal::CUT)
     }
 
     /// Runs a command. Where `may_feed`, a POST's content is its standard input.
@@ -151,7 +150,7 @@ impl Connection<'_> {
         let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
         let is_complete =
             match run::run(command, is_fed.then_some(content), &self.client, self.limits, stream) {
-                Err(refusal) if request.wants_events() && refusal.exit_code().is_some() => {
+                Err(refusal) if request.wants_events() && refusal.exit_code.is_some() => {
                     self.write(&self.failed_stream(context, &refusal))
                 }
                 done => done?,
@@ -161,7 +160,7 @@ impl Connection<'_> {
 
     /// The whole stream of a command that could not be started.
     fn failed_stream(&self, context: &Context, refusal: &Refusal) -> Vec<u8> {
-        let ((_, words), code) = (refusal.told(), refusal.exit_code().unwrap_or(0));
+        let (words, code) = (refusal.words(), refusal.exit_code.unwrap_or(0));
         let is_chunked = context.request.minor_version > 0;
         let mut stream = Stream::new(true, is_chunked, context.stream_head());
         stream.error(&words);
@@ -175,8 +174,8 @@ impl Connection<'_> {
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
     fn refuse(&mut self, request: &Request, form: &[u8], refusal: &Refusal) -> bool {
         let mut context = self.context(request);
-        context.closes |= refusal.ends_connection();
-        let (status, words) = refusal.told();
+        context.closes |= refusal.ends_connection;
+        let (status, words) = (refusal.status, refusal.words());
         let (why, _) = words.split_once("; ").unwrap_or((&words, ""));
         let (peer, why) = (self.client.peer, quoted(why.as_bytes()));
         let mut asked = format!("target={}", decoded_where_secret(request.target.as_bytes()));

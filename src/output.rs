@@ -12,6 +12,7 @@ pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
 const MOST_ZEROS: usize = 8;
 
 /// What is sent of one command, from the response's head to the last chunk.
+#[derive(Default)]
 pub struct Stream {
     /// Events, or plain text.
     pub is_events: bool,
@@ -35,17 +36,7 @@ pub struct Stream {
 impl Stream {
     /// `head` goes out first.
     pub fn new(is_events: bool, is_chunked: bool, head: Vec<u8>) -> Stream {
-        Stream {
-            is_events,
-            is_chunked,
-            bytes: [0; 2],
-            last_event: 0,
-            unfinished: [Vec::new(), Vec::new()],
-            content: Vec::new(),
-            zeros: 0,
-            batch: head,
-            sent: 0,
-        }
+        Stream { is_events, is_chunked, batch: head, ..Stream::default() }
     }
 
     /// The `start` event, which says after how long a silence there is a comment, in seconds.

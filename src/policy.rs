@@ -4,7 +4,7 @@
 //! browser adds, which the rules look at, and it cannot know a token.
 
 use crate::log::{has_token, quoted};
-use crate::refusal::{Refusal, ensure, shown};
+use crate::refusal::{self, Refusal, ensure, shown};
 use crate::request::{Request, form_fields};
 use crate::words;
 use std::{hint::black_box, net::IpAddr};
@@ -14,13 +14,6 @@ const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 const LARGEST_FORM: u64 = 64 << 10;
 /// Query fields by which polyfills of `EventSource` say what `Last-Event-ID` says.
 const RECONNECT_FIELDS: [&[u8]; 2] = [b"lastEventId", b"evs_last_event_id"];
-
-const HOST: Refusal = Refusal::Malformed("malformed Host; send NAME, NAME:PORT or [IPv6]:PORT");
-const ESCAPE: Refusal = Refusal::Command("malformed percent-escape; a % itself is sent as %25");
-const TWO_COMMANDS: Refusal = Refusal::Command("more than one command; send one at a time");
-const NO_COMMAND: Refusal = Refusal::Command(
-    "no command; send /run?command=ls, or a form: curl -N --data-urlencode 'command=ls -l'",
-);
 
 /// What the options say about callers and commands.
 #[derive(Default)]
@@ -87,13 +80,13 @@ impl Rules {
         let methods = match path {
             "/" | "/commands" => PAGE_METHODS,
             "/run" => RUN_METHODS,
-            _ => return Err(Refusal::NoSuchPath),
+            _ => return Err(refusal::NO_PATH),
         };
         match (method, path) {
             ("OPTIONS", _) => return Ok(Verdict::Methods(methods)),
             ("GET" | "HEAD", _) | ("POST", "/run") => {}
-            ("POST", _) => return Err(Refusal::Method(methods)),
-            _ => return Err(Refusal::UnknownMethod(shown(method.as_bytes()))),
+            ("POST", _) => return Err(refusal::METHOD.about(methods)),
+            _ => return Err(refusal::NO_METHOD.about(&shown(method.as_bytes()))),
         }
         if path == "/" {
             let is_browser = request.accepts("text/html");
@@ -117,17 +110,17 @@ impl Rules {
     /// The one `command` in a query or form, if it may run.
     pub fn command(&self, form: &[u8]) -> Result<CommandLine, Refusal> {
         let mut command = None;
-        for (name, value) in form_fields(form).ok_or(ESCAPE)? {
+        for (name, value) in form_fields(form).ok_or(refusal::ESCAPE)? {
             if name == b"command" {
-                ensure(command.replace(value).is_none(), TWO_COMMANDS)?;
+                ensure(command.replace(value).is_none(), refusal::TWO)?;
             } else if !RECONNECT_FIELDS.contains(&&name[..]) {
-                return Err(Refusal::OtherField(shown(&name)));
+                return Err(refusal::OTHER_FIELD.about(&shown(&name)));
             }
         }
-        let text = command.ok_or(NO_COMMAND)?;
+        let text = command.ok_or(refusal::NO_COMMAND)?;
         let words = words::split(&text)?;
         let is_admitted = self.allowed.iter().any(|allowed| allowed.admits(&words));
-        ensure(is_admitted || self.allowed.is_empty(), Refusal::NotAllowed)?;
+        ensure(is_admitted || self.allowed.is_empty(), refusal::NOT_ALLOWED)?;
         Ok(CommandLine { text, words })
     }
 
@@ -151,10 +144,10 @@ impl Rules {
         let Some(&authority) = request.values("host").first() else {
             return Ok(());
         };
-        let name = host_name(authority).ok_or(HOST)?;
+        let name = host_name(authority).ok_or(refusal::HOST)?;
         let localhost = if local.is_loopback() { " or localhost" } else { "" };
         let names = format!("{local}{localhost}");
-        ensure(self.token.is_some() || means_here(&name, local), Refusal::Misdirected(names))
+        ensure(self.token.is_some() || means_here(&name, local), refusal::MISDIRECTED.about(&names))
     }
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
@@ -162,18 +155,18 @@ impl Rules {
         match request.values("origin")[..] {
             [] => {}
             [origin] if is_own(origin, request) || self.admits(origin) => return Ok(()),
-            [origin, ..] => return Err(Refusal::Origin(shown(origin.as_bytes()))),
+            [origin, ..] => return Err(refusal::ORIGIN.about(&shown(origin.as_bytes()))),
         }
         let is_guarded = matches!(path, "/run" | "/commands");
         let navigates = request.values("sec-fetch-mode").contains(&"navigate");
-        ensure(!is_guarded || !navigates, Refusal::Link)?;
+        ensure(!is_guarded || !navigates, refusal::LINK)?;
         let sites = request.values("sec-fetch-site");
         let is_own = sites.iter().all(|site| matches!(*site, "same-origin" | "none"));
-        ensure(is_own, Refusal::OtherSite)?;
+        ensure(is_own, refusal::OTHER_SITE)?;
         let agents = request.values("user-agent");
         let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
         let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
-        ensure(!is_guarded || is_known, Refusal::Browser)
+        ensure(!is_guarded || is_known, refusal::BROWSER)
     }
 
     /// Whether `--allow-origin` has it. The opaque origin `null` could be anybody's.
@@ -192,7 +185,7 @@ impl Rules {
         let credentials = request.values("authorization").join(" ");
         let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
         let is_same = equals_in_constant_time(token, given.trim_start_matches(' '));
-        ensure(is_same && scheme.eq_ignore_ascii_case("bearer"), Refusal::Token)
+        ensure(is_same && scheme.eq_ignore_ascii_case("bearer"), refusal::TOKEN)
     }
 }
 
@@ -244,13 +237,13 @@ fn has_command(query: &[u8]) -> bool {
 
 /// Whether the content can be the form that holds the command.
 fn check_form(request: &Request) -> Result<(), Refusal> {
-    ensure(request.content_length > 0, NO_COMMAND)?;
+    ensure(request.content_length > 0, refusal::NO_COMMAND)?;
     for value in request.values("content-type") {
         let media_type = value.split(';').next().unwrap_or_default().trim();
         let is_form = media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded");
-        ensure(is_form, Refusal::NotAForm(shown(media_type.as_bytes())))?;
+        ensure(is_form, refusal::NO_FORM.about(&shown(media_type.as_bytes())))?;
     }
-    ensure(request.content_length <= LARGEST_FORM, Refusal::FormTooLarge)
+    ensure(request.content_length <= LARGEST_FORM, refusal::LONG_FORM)
 }
 
 /// In a time that does not tell how much of it was right. The length of a token is no secret.

@@ -1,49 +1,97 @@
 //! Every reason not to run a command, and the one place where a reason becomes a status (RFC 9110 section
 //! 15) and words. Who reads the words knows what was expected, and how to get there.
 
-use std::io::ErrorKind;
+use std::io::{Error, ErrorKind};
 
-/// Why a request is refused.
-#[derive(Debug, PartialEq)]
-pub enum Refusal {
-    /// Nobody is there to be told: the connection ended or failed, or no request has begun.
-    Gone,
-    /// Not by the grammar of HTTP/1: which part, and what was expected. Where the next request would begin
-    /// is unknown.
-    Malformed(&'static str),
-    Version,
-    LineTooLong,
-    HeadTooLarge,
-    /// The head, or then the form, did not arrive whole in time.
-    Late,
-    TransferEncoding,
-    Expectation,
-    /// `Host` may be another site's name. With what it may be.
-    Misdirected(String),
-    /// `Origin` is this one, and not allowed.
-    Origin(String),
-    OtherSite,
-    Link,
-    Browser,
-    NoSuchPath,
-    /// A method that this path does not have, and those that it has.
-    Method(&'static str),
-    UnknownMethod(String),
-    Token,
-    /// Content of this media type, where the command was to come from it.
-    NotAForm(String),
-    FormTooLarge,
-    /// Something is wrong with the command: what, and what would be right.
-    Command(&'static str),
-    /// A query or form has this field, which is not `command`.
-    OtherField(String),
-    NotAllowed,
-    NoProgram(String),
-    /// The program is there, but cannot be run: what the system says.
-    CannotRun(String, String),
-    /// Nothing is wrong with the request, but there is no room for it now.
-    Busy(&'static str),
+/// Why a request is refused: one of the constants below.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Refusal {
+    pub status: u16,
+    /// In one line what is wrong, a semicolon, what was expected and how to get there. For each `{}` stands
+    /// what it is about.
+    words: &'static str,
+    about: String,
+    /// Nothing that follows on the connection could be understood.
+    pub ends_connection: bool,
+    /// By what exit status a shell says so (XCU 2.8.2), where a command cannot be started: 127 where there
+    /// is no such program, 126 where it cannot be run.
+    pub exit_code: Option<i32>,
 }
+
+/// Understood, but not to be done.
+const fn refuse(status: u16, words: &'static str) -> Refusal {
+    Refusal { status, words, about: String::new(), ends_connection: false, exit_code: None }
+}
+
+/// Not by the grammar, or not all there: where the next request would begin is unknown.
+const fn break_off(status: u16, words: &'static str) -> Refusal {
+    Refusal { status, words, about: String::new(), ends_connection: true, exit_code: None }
+}
+
+/// Nobody is there to be told: the connection ended or failed, or no request has begun.
+pub const GONE: Refusal = break_off(0, "");
+
+pub const LINE: Refusal = break_off(400, "malformed request line; send METHOD /path HTTP/1.1");
+pub const LINE_END: Refusal = break_off(400, "bare CR or LF; end each line of the head with CRLF");
+pub const FIELD: Refusal = break_off(400, "malformed field; send Name: value");
+pub const CUT: Refusal = break_off(400, "request breaks off; send all of it");
+pub const LENGTH: Refusal = break_off(400, "malformed Content-Length; send one number of bytes");
+pub const HOST: Refusal = break_off(400, "no good Host; send one NAME, NAME:PORT or [IPv6]:PORT");
+pub const LATE: Refusal =
+    break_off(408, "request did not arrive in time; head and form have 5 s each");
+pub const NO_LENGTH: Refusal = break_off(
+    411,
+    "content without a length; send Content-Length instead of Transfer-Encoding: \
+    curl --data-binary @- does, curl -T - does not",
+);
+pub const LONG_LINE: Refusal =
+    break_off(414, "request line over 8 KiB; send a long command as a form");
+pub const LONG_HEAD: Refusal = break_off(431, "head over 16 KiB or 100 fields; send fewer");
+pub const VERSION: Refusal = break_off(505, "HTTP version is not 1.x; send HTTP/1.1");
+
+pub const NO_COMMAND: Refusal = refuse(
+    400,
+    "no command; send /run?command=ls, or a form: curl -N --data-urlencode 'command=ls -l'",
+);
+pub const EMPTY: Refusal = refuse(400, "command is empty; name a program: command=ls");
+pub const TWO: Refusal = refuse(400, "more than one command; send one at a time");
+pub const ESCAPE: Refusal = refuse(400, "malformed percent-escape; a % itself is sent as %25");
+pub const OTHER_FIELD: Refusal = refuse(
+    400,
+    "a field other than command: {}; if its & is the command's, send %26, or \
+    curl --data-urlencode 'command=…'",
+);
+pub const NUL: Refusal = refuse(400, "command has a NUL; no argument can hold one");
+pub const SINGLE_QUOTE: Refusal =
+    refuse(400, "command has an unclosed single quote; close it with '");
+pub const DOUBLE_QUOTE: Refusal =
+    refuse(400, "command has an unclosed double quote; close it with \"");
+pub const TOKEN: Refusal =
+    refuse(401, "token missing or wrong; send the field Authorization: Bearer TOKEN");
+pub const ORIGIN: Refusal =
+    refuse(403, "origin not allowed; {} is no origin of this server's, nor one of --allow-origin");
+pub const OTHER_SITE: Refusal =
+    refuse(403, "another site's page calls; --allow-origin would admit it");
+pub const LINK: Refusal =
+    refuse(403, "a link runs nothing; link to the page and fill it in: /#uptime");
+pub const BROWSER: Refusal =
+    refuse(403, "User-Agent Mozilla/ is a browser's; send another one, or a token");
+pub const NOT_ALLOWED: Refusal = refuse(403, "command not allowed; GET /commands lists what is");
+pub const NO_PATH: Refusal = refuse(404, "no such path; there are /, /run and /commands");
+pub const METHOD: Refusal = refuse(405, "method not for this path; it has {}");
+pub const LONG_FORM: Refusal = refuse(413, "form over 64 KiB; send what is long as standard input");
+pub const NO_FORM: Refusal = refuse(
+    415,
+    "content is no form but {}; send the command by curl --data-urlencode 'command=ls -l'",
+);
+pub const EXPECT: Refusal = refuse(417, "Expect is not 100-continue; leave it out");
+pub const MISDIRECTED: Refusal =
+    refuse(421, "Host is not this address; it is {}, and with a token any name");
+pub const NO_METHOD: Refusal = refuse(
+    501,
+    "method not implemented; instead of {} send GET, or POST: curl --data-binary @FILE",
+);
+pub const BUSY: Refusal = refuse(503, "no {} to be had; try again in a moment");
 
 /// The longest piece of what a client sent that it is shown again.
 const LONGEST_SHOWN: usize = 200;
@@ -53,102 +101,25 @@ const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eva
     umask unalias unset until wait while ";
 
 impl Refusal {
-    /// The status; and in one line what is wrong, a semicolon, what was expected and how to get there. What
-    /// was sent stands there for each `{}`.
-    pub fn told(&self) -> (u16, String) {
-        use Refusal::*;
-        let (status, words) = match self {
-            Gone => (0, ""),
-            Malformed(words) | Command(words) => (400, *words),
-            OtherField(_) => (
-                400,
-                "a field other than command: {}; if its & is the command's, send \
-                %26, or curl --data-urlencode 'command=…'",
-            ),
-            Token => (401, "token missing or wrong; send the field Authorization: Bearer TOKEN"),
-            Origin(origin) if origin == "null" => (403, "origin not allowed; null is nobody's own"),
-            Origin(_) => (403, "origin not allowed; --allow-origin {} would admit its pages"),
-            OtherSite => (403, "another site's page calls; --allow-origin would admit it"),
-            Link => (403, "a link runs nothing; link to the page and fill it in: /#uptime"),
-            Browser => (403, "User-Agent Mozilla/ is a browser's; send another one, or a token"),
-            NotAllowed => (403, "command not allowed; GET /commands lists what is"),
-            CannotRun(_, why) => return (403, format!("{}: cannot be run; {why}", self.sent())),
-            NoProgram(name) => return (404, format!("{name}: no such program; {}", about(name))),
-            NoSuchPath => (404, "no such path; there are /, /run and /commands"),
-            Method(_) => (405, "method not for this path; it has {}"),
-            Late => (408, "request did not arrive in time; head and form have 5 s each"),
-            TransferEncoding => (
-                411,
-                "content without a length; send Content-Length instead of \
-                Transfer-Encoding: curl --data-binary @- does, curl -T - does not",
-            ),
-            FormTooLarge => (413, "form over 64 KiB; send what is long as standard input"),
-            LineTooLong => (414, "request line over 8 KiB; send a long command as a form"),
-            NotAForm(_) => (
-                415,
-                "content is no form but {}; send the command by \
-                curl --data-urlencode 'command=ls -l'",
-            ),
-            Expectation => (417, "Expect is not 100-continue; leave it out"),
-            Misdirected(_) => {
-                (421, "Host is not this address; it is {}, and with a token any name")
-            }
-            HeadTooLarge => (431, "head over 16 KiB or 100 fields; send fewer"),
-            UnknownMethod(_) => (
-                501,
-                "method not implemented; instead of {} send GET, or POST: \
-                curl --data-binary @FILE",
-            ),
-            Busy(_) => (503, "no {} to be had; try again in a moment"),
-            Version => (505, "HTTP version is not 1.x; send HTTP/1.1"),
-        };
-        (status, words.replace("{}", self.sent()))
+    /// With what it is about.
+    pub fn about(mut self, about: &str) -> Refusal {
+        self.about = about.to_string();
+        self
     }
 
-    fn sent(&self) -> &str {
-        use Refusal::*;
-        match self {
-            Misdirected(text) | Origin(text) | UnknownMethod(text) | NotAForm(text) => text,
-            OtherField(text) | NoProgram(text) | CannotRun(text, _) => text,
-            Method(text) | Busy(text) => text,
-            _ => "",
-        }
+    /// For whom was refused: what is wrong, a semicolon, what was expected and how to get there.
+    pub fn words(&self) -> String {
+        self.words.replace("{}", &self.about)
     }
 
-    /// By what exit status a shell says so (XCU 2.8.2), where a command cannot be started: 127 where there
-    /// is no such program, 126 where it cannot be run.
-    pub fn exit_code(&self) -> Option<i32> {
-        match self {
-            Refusal::NoProgram(_) => Some(127),
-            Refusal::CannotRun(..) => Some(126),
-            _ => None,
-        }
-    }
-
-    /// Whether nothing that follows on the connection could be understood.
-    pub fn ends_connection(&self) -> bool {
-        use Refusal::*;
-        matches!(
-            self,
-            Malformed(_) | Version | LineTooLong | HeadTooLarge | Late | TransferEncoding
-        )
+    /// What the words are about.
+    pub fn topic(&self) -> &str {
+        &self.about
     }
 }
 
-/// Refuses, unless it is so.
-pub fn ensure(is_so: bool, refusal: Refusal) -> Result<(), Refusal> {
-    if is_so { Ok(()) } else { Err(refusal) }
-}
-
-impl From<std::io::Error> for Refusal {
-    /// What it means that reading a request fails.
-    fn from(error: std::io::Error) -> Refusal {
-        if error.kind() == ErrorKind::TimedOut { Refusal::Late } else { Refusal::Gone }
-    }
-}
-
-/// Why a program may not be there that somebody expected.
-fn about(name: &str) -> String {
+/// There is no such program, and why not, for somebody who expected it.
+pub fn no_program(name: &str) -> Refusal {
     let reason = if SHELL_WORDS.contains(&format!(" {name} ")) {
         "it is a word of the shell's"
     } else if name.contains('/') {
@@ -156,7 +127,27 @@ fn about(name: &str) -> String {
     } else {
         "it is not on the server's PATH"
     };
-    format!("{reason}, and no shell is started: sh -c '{name} …'")
+    let hint = format!("{reason}, and no shell is started: sh -c '{name} …'");
+    let refusal = refuse(404, "{}").about(&format!("{name}: no such program; {hint}"));
+    Refusal { exit_code: Some(127), ..refusal }
+}
+
+/// The program is there, but cannot be run.
+pub fn cannot_run(name: &str, why: &str) -> Refusal {
+    let refusal = refuse(403, "{}").about(&format!("{name}: cannot be run; {why}"));
+    Refusal { exit_code: Some(126), ..refusal }
+}
+
+impl From<Error> for Refusal {
+    /// What it means that reading a request fails.
+    fn from(error: Error) -> Refusal {
+        if error.kind() == ErrorKind::TimedOut { LATE } else { GONE }
+    }
+}
+
+/// Refuses, unless it is so.
+pub fn ensure(is_so: bool, refusal: Refusal) -> Result<(), Refusal> {
+    if is_so { Ok(()) } else { Err(refusal) }
 }
 
 /// What a client sent, as it can be shown in a line: controls escaped, cut where it is long.
@@ -173,7 +164,7 @@ pub fn shown(bytes: &[u8]) -> String {
 }
 
 /// The system's words for an error, without the number that std puts behind them.
-pub fn words_of(error: &std::io::Error) -> String {
+pub fn words_of(error: &Error) -> String {
     let text = error.to_string();
     let (words, _) = text.split_once(" (os error").unwrap_or((&text, ""));
     words.to_string()
@@ -185,23 +176,13 @@ mod tests {
 
     #[test]
     fn what_is_told_is_one_line_in_two_parts() {
-        let name = || shown(b"a\r\nb\x1b[31m\xff");
-        let refusals = [
-            Refusal::Misdirected(name()),
-            Refusal::Origin(name()),
-            Refusal::Method("GET"),
-            Refusal::UnknownMethod(name()),
-            Refusal::NotAForm(name()),
-            Refusal::OtherField(name()),
-            Refusal::NoProgram(name()),
-            Refusal::CannotRun(name(), "why".to_string()),
-            Refusal::Busy("thread"),
-            Refusal::TransferEncoding,
-            Refusal::Token,
-        ];
+        let name = shown(b"a\r\nb\x1b[31m\xff");
+        let about = [MISDIRECTED, ORIGIN, METHOD, NO_METHOD, NO_FORM, OTHER_FIELD, BUSY];
+        let mut refusals: Vec<_> = about.into_iter().map(|refusal| refusal.about(&name)).collect();
+        refusals.extend([no_program(&name), cannot_run(&name, "why"), NO_LENGTH, TOKEN, LATE]);
         for refusal in refusals {
-            let (status, words) = refusal.told();
-            assert!((400..600).contains(&status), "{words}");
+            let words = refusal.words();
+            assert!((400..600).contains(&refusal.status), "{words}");
             assert!(words.contains("; ") && !words.contains("{}"), "{words}");
             assert!(!words.chars().any(char::is_control), "{words}");
         }
@@ -209,10 +190,9 @@ mod tests {
 
     #[test]
     fn words_of_the_shell_are_told_as_such() {
-        let told = |name: &str| Refusal::NoProgram(name.to_string()).told().1;
-        assert!(told("cd").contains("cd: no such program; it is a word of the shell's"));
-        assert!(!told("nonesuch").contains("word of the shell"));
-        assert!(told("/x/y").contains("interpreter"));
+        assert!(no_program("cd").words().starts_with("cd: no such program; it is a word of"));
+        assert!(!no_program("nonesuch").words().contains("word of the shell"));
+        assert!(no_program("/x/y").words().contains("interpreter"));
     }
 
     #[test]

@@ -1,8 +1,7 @@
 //! HTTP/1.x requests by the strict grammar of RFC 9112: what it does not allow is refused, never mended,
 //! since two programs that mend a message in different ways are how requests are smuggled.
 
-use crate::refusal::Refusal::{self, Malformed};
-use crate::refusal::ensure;
+use crate::refusal::{self, Refusal, ensure};
 use std::io::{BufRead, Read};
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
@@ -14,13 +13,6 @@ const MOST_FIELDS: usize = 100;
 const LONGEST_CONTENT: u64 = i64::MAX as u64;
 /// Optional whitespace (RFC 9110 section 5.6.3).
 const OWS: [char; 2] = [' ', '\t'];
-
-const LINE: Refusal = Malformed("malformed request line; send METHOD /path HTTP/1.1");
-const FIELD: Refusal = Malformed("malformed field; send Name: value");
-const LINE_END: Refusal = Malformed("bare CR or LF; end each line of the head with CRLF");
-const CUT: Refusal = Malformed("request breaks off; the head ends with an empty line");
-const LENGTH: Refusal = Malformed("malformed Content-Length; send one number of bytes");
-const HOST: Refusal = Malformed("no Host, or more than one; HTTP/1.1 needs exactly one");
 
 /// What was sent: the request line and the fields, and nothing that was decided about them.
 #[derive(Default)]
@@ -43,22 +35,22 @@ impl Request {
     pub fn read(&mut self, input: &mut impl BufRead) -> Result<(), Refusal> {
         match input.fill_buf() {
             Ok(begun) if !begun.is_empty() => {}
-            _ => return Err(Refusal::Gone),
+            _ => return Err(refusal::GONE),
         }
-        let mut line = read_line(input, LONGEST_LINE, Refusal::LineTooLong)?;
+        let mut line = read_line(input, LONGEST_LINE, refusal::LONG_LINE)?;
         if line.is_empty() {
-            line = read_line(input, LONGEST_LINE, Refusal::LineTooLong)?;
+            line = read_line(input, LONGEST_LINE, refusal::LONG_LINE)?;
         }
         self.parse_line(&line)?;
         // The two line ends that are always there: the request line's, and the empty line.
         let mut room = LONGEST_HEAD - line.len() - 4;
         loop {
-            let line = read_line(input, room, Refusal::HeadTooLarge)?;
+            let line = read_line(input, room, refusal::LONG_HEAD)?;
             if line.is_empty() {
                 break;
             }
-            ensure(self.fields.len() < MOST_FIELDS, Refusal::HeadTooLarge)?;
-            room = room.checked_sub(line.len() + 2).ok_or(Refusal::HeadTooLarge)?;
+            ensure(self.fields.len() < MOST_FIELDS, refusal::LONG_HEAD)?;
+            room = room.checked_sub(line.len() + 2).ok_or(refusal::LONG_HEAD)?;
             self.fields.push(parse_field(&line)?);
         }
         self.check_framing()?;
@@ -115,17 +107,17 @@ impl Request {
 
     /// RFC 9112 section 3; of the targets only a path.
     fn parse_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
-        let line = std::str::from_utf8(line).map_err(|_| LINE)?;
+        let line = std::str::from_utf8(line).map_err(|_| refusal::LINE)?;
         let parts: Vec<&str> = line.split(' ').collect();
         let [method, target, version] = parts[..] else {
-            return Err(LINE);
+            return Err(refusal::LINE);
         };
         let is_path = target.starts_with('/') && target.bytes().all(|byte| byte.is_ascii_graphic());
-        ensure(is_token(method) && is_path, LINE)?;
+        ensure(is_token(method) && is_path, refusal::LINE)?;
         self.minor_version = match version.strip_prefix("HTTP/").map(str::as_bytes) {
             Some([b'1', b'.', minor @ b'0'..=b'9']) => minor - b'0',
-            Some([b'0'..=b'9', b'.', b'0'..=b'9']) => return Err(Refusal::Version),
-            _ => return Err(LINE),
+            Some([b'0'..=b'9', b'.', b'0'..=b'9']) => return Err(refusal::VERSION),
+            _ => return Err(refusal::LINE),
         };
         (self.method, self.target) = (method.to_string(), target.to_string());
         Ok(())
@@ -134,21 +126,21 @@ impl Request {
     /// How the content is delimited, if there is any (RFC 9112 section 6), what the client expects, and that
     /// it says which host it means.
     fn check_framing(&mut self) -> Result<(), Refusal> {
-        ensure(self.values("transfer-encoding").is_empty(), Refusal::TransferEncoding)?;
+        ensure(self.values("transfer-encoding").is_empty(), refusal::NO_LENGTH)?;
         self.content_length = match self.values("content-length")[..] {
             [] => 0,
-            [length] if is_digits(length) => length.parse().map_err(|_| LENGTH)?,
-            _ => return Err(LENGTH),
+            [length] if is_digits(length) => length.parse().map_err(|_| refusal::LENGTH)?,
+            _ => return Err(refusal::LENGTH),
         };
-        ensure(self.content_length <= LONGEST_CONTENT, LENGTH)?;
+        ensure(self.content_length <= LONGEST_CONTENT, refusal::LENGTH)?;
         let is_old = self.minor_version == 0;
         let expectations = self.elements("expect");
         let is_met = |element: &String| element.is_empty() || element == "100-continue";
-        ensure(is_old || expectations.iter().all(is_met), Refusal::Expectation)?;
+        ensure(is_old || expectations.iter().all(is_met), refusal::EXPECT)?;
         match self.values("host").len() {
             0 if is_old => Ok(()),
             1 => Ok(()),
-            _ => Err(HOST),
+            _ => Err(refusal::HOST),
         }
     }
 }
@@ -164,10 +156,10 @@ fn read_line(
     input.take(longest as u64).read_until(b'\n', &mut line)?;
     if line.pop() != Some(b'\n') {
         let is_cut = line.len() + 1 < longest;
-        return Err(if is_cut { CUT } else { too_long });
+        return Err(if is_cut { refusal::CUT } else { too_long });
     }
     if line.pop() != Some(b'\r') || line.contains(&b'\r') {
-        return Err(LINE_END);
+        return Err(refusal::LINE_END);
     }
     Ok(line)
 }
@@ -175,9 +167,9 @@ fn read_line(
 /// A field line (RFC 9112 section 5): no space before the colon, no line folding, no controls but the tab.
 fn parse_field(line: &[u8]) -> Result<(String, String), Refusal> {
     let text: String = line.iter().map(|&byte| char::from(byte)).collect();
-    let (name, value) = text.split_once(':').ok_or(FIELD)?;
+    let (name, value) = text.split_once(':').ok_or(refusal::FIELD)?;
     let is_control = |character: char| character.is_ascii_control() && character != '\t';
-    ensure(is_token(name) && !value.contains(is_control), FIELD)?;
+    ensure(is_token(name) && !value.contains(is_control), refusal::FIELD)?;
     let value = value.trim_matches(OWS).to_string();
     Ok((name.to_ascii_lowercase(), value))
 }

@@ -56,14 +56,14 @@ impl Context<'_> {
 
     /// One line in words.
     pub fn refusal(&self, refusal: &Refusal) -> Vec<u8> {
-        let (status, words) = refusal.told();
-        let field = match refusal {
-            Refusal::Method(methods) => format!("Allow: {methods}\r\n"),
-            Refusal::Token => "WWW-Authenticate: Bearer\r\n".to_string(),
-            Refusal::Busy(_) => "Retry-After: 1\r\n".to_string(),
+        let field = match refusal.status {
+            401 => "WWW-Authenticate: Bearer\r\n".to_string(),
+            405 => format!("Allow: {}\r\n", refusal.topic()),
+            503 => "Retry-After: 1\r\n".to_string(),
             _ => String::new(),
         };
-        self.whole(status, &(field + PLAIN), format!("{words}\n").as_bytes())
+        let line = format!("{}\n", refusal.words());
+        self.whole(refusal.status, &(field + PLAIN), line.as_bytes())
     }
 
     /// The head of a command's stream.
@@ -103,30 +103,16 @@ fn when(is_so: bool, text: &str) -> &str {
     if is_so { text } else { "" }
 }
 
-/// RFC 9110 section 15; 431 is RFC 6585.
+/// The reason phrase (RFC 9110 section 15; 431 is RFC 6585).
 fn phrase(status: u16) -> &'static str {
-    match status {
-        200 => "OK",
-        204 => "No Content",
-        400 => "Bad Request",
-        401 => "Unauthorized",
-        403 => "Forbidden",
-        404 => "Not Found",
-        405 => "Method Not Allowed",
-        408 => "Request Timeout",
-        411 => "Length Required",
-        413 => "Content Too Large",
-        414 => "URI Too Long",
-        415 => "Unsupported Media Type",
-        417 => "Expectation Failed",
-        421 => "Misdirected Request",
-        431 => "Request Header Fields Too Large",
-        501 => "Not Implemented",
-        503 => "Service Unavailable",
-        505 => "HTTP Version Not Supported",
-        // Every status of this program is above.
-        _ => "",
-    }
+    const PHRASES: &str = "200 OK, 204 No Content, 400 Bad Request, 401 Unauthorized, 403 Forbidden, \
+        404 Not Found, 405 Method Not Allowed, 408 Request Timeout, 411 Length Required, \
+        413 Content Too Large, 414 URI Too Long, 415 Unsupported Media Type, \
+        417 Expectation Failed, 421 Misdirected Request, 431 Request Header Fields Too Large, \
+        501 Not Implemented, 503 Service Unavailable, 505 HTTP Version Not Supported";
+    let mut known = PHRASES.split(", ").filter_map(|entry| entry.split_once(' '));
+    let found = known.find(|(code, _)| *code == status.to_string());
+    found.map_or("", |(_, phrase)| phrase)
 }
 
 #[cfg(test)]

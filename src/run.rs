@@ -11,7 +11,7 @@ use crate::log::{self, quoted};
 use crate::output::{SOURCES, Stream};
 use crate::pipes::{self, Content, Message, TICK, is_passing};
 use crate::policy::CommandLine;
-use crate::refusal::Refusal;
+use crate::refusal::{self, Refusal};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -69,7 +69,7 @@ impl Place {
     fn take(most: usize) -> Result<Place, Refusal> {
         let one_more = |running| if running < most { Some(running + 1) } else { None };
         let taken = RUNNING.fetch_update(SeqCst, SeqCst, one_more);
-        taken.map(|_| Place).map_err(|_| Refusal::Busy("place for one more command"))
+        taken.map(|_| Place).map_err(|_| refusal::BUSY.about("place for one more command"))
     }
 }
 
@@ -111,7 +111,7 @@ pub fn run(
         if start_threads().is_err() {
             // Ends those that were started. The command is killed as `child` is dropped.
             is_over.store(true, SeqCst);
-            return Err(Refusal::Busy("thread"));
+            return Err(refusal::BUSY.about("thread"));
         }
         let (peer, pid, text) = (client.peer, child.pid, command.logged());
         log::line(format_args!("run peer={peer} pid={pid} command={text}"));
@@ -131,6 +131,7 @@ pub fn run(
             looked: now,
             written: now,
             heard: now,
+            quiet_looks: 0,
         };
         run.stream.start(pid, limits.heartbeat);
         while !run.is_over() {
@@ -183,6 +184,8 @@ struct Run<'a> {
     written: Instant,
     /// When the command was last heard of, or was kept from being heard by its client.
     heard: Instant,
+    /// Looks since then.
+    quiet_looks: u32,
 }
 
 impl Run<'_> {
@@ -207,7 +210,7 @@ impl Run<'_> {
         let wait = if is_closed { self.heard.elapsed().clamp(FIRST_WAIT, TICK) } else { TICK };
         let (mut next, mut length) = (messages.recv_timeout(wait).ok(), 0);
         while let Some(message) = next {
-            self.heard = Instant::now();
+            self.hear();
             match message {
                 Message::Output(source, bytes) => {
                     length += bytes.len();
@@ -221,6 +224,11 @@ impl Run<'_> {
             }
             next = if length < BATCH { messages.try_recv().ok() } else { None };
         }
+    }
+
+    fn hear(&mut self) {
+        self.heard = Instant::now();
+        self.quiet_looks = 0;
     }
 
     fn pass_on(&mut self, source: usize, bytes: &[u8]) {
@@ -259,6 +267,7 @@ impl Run<'_> {
         let is_due = self.looked.elapsed() >= TICK;
         if is_due {
             self.looked = Instant::now();
+            self.quiet_looks += 1;
             self.look_at_client();
             if sys::is_ending() {
                 self.end(Some("shutdown"), "the server is shutting down");
@@ -280,7 +289,7 @@ impl Run<'_> {
             self.lose("gone");
         } else if !self.stream.is_sent() {
             // It is the client that pauses, not the command.
-            self.heard = Instant::now();
+            self.hear();
             if silence >= self.longest_stall() {
                 self.lose("stalled");
             }
@@ -308,8 +317,10 @@ impl Run<'_> {
                 }
             }
             Phase::Leftovers(since) => {
-                let quiet = since.max(self.heard).elapsed();
-                if quiet >= QUIET || since.elapsed() >= limits.grace {
+                // Where the whole server was stopped for a while, a look comes before what was missed.
+                let is_sure = self.quiet_looks >= 2;
+                let is_quiet = is_sure && since.max(self.heard).elapsed() >= QUIET;
+                if is_quiet || since.elapsed() >= limits.grace {
                     self.child.kill_group();
                     self.phase = Phase::Killed(Instant::now());
                 }

@@ -9,7 +9,7 @@ use std::ffi::{c_int, c_short, c_uint, c_ulong};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
-use std::{io, net::TcpStream};
+use std::{io, net::TcpStream, ptr};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
@@ -28,6 +28,7 @@ pub const SIGCONT: c_int = 18;
 const SIGXFSZ: c_int = 25;
 const SIG_DFL: usize = 0;
 const SIG_IGN: usize = 1;
+const SIG_SETMASK: c_int = 2;
 
 // poll(2)
 pub const POLLIN: c_short = 0x1;
@@ -61,6 +62,7 @@ unsafe extern "C" {
     fn setsockopt(fd: c_int, level: c_int, name: c_int, value: *const c_int, size: c_uint)
     -> c_int;
     fn signal(signal: c_int, handler: usize) -> usize;
+    fn sigprocmask(how: c_int, set: *const [c_ulong; 32], old: *mut [c_ulong; 32]) -> c_int;
     fn waitid(idtype: c_uint, id: c_uint, info: *mut SignalInfo, options: c_int) -> c_int;
 }
 
@@ -93,7 +95,8 @@ extern "C" fn do_nothing(_: c_int) {}
 pub fn take_signals() {
     let note = note as extern "C" fn(c_int) as usize;
     let do_nothing = do_nothing as extern "C" fn(c_int) as usize;
-    // SAFETY: both handlers are async-signal-safe.
+    // SAFETY: both handlers are async-signal-safe; of a `sigset_t` no bit is set in an array of zeros that is
+    // larger than it.
     unsafe {
         signal(SIGTERM, note);
         signal(SIGINT, note);
@@ -105,6 +108,8 @@ pub fn take_signals() {
         signal(SIGCHLD, SIG_DFL);
         // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
         signal(SIGXFSZ, do_nothing);
+        // Blocked signals would be inherited by commands.
+        sigprocmask(SIG_SETMASK, &[0; 32], ptr::null_mut());
     }
 }
 

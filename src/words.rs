@@ -1,7 +1,7 @@
 //! A command line, split into words as a POSIX shell splits it (XCU 2.2, Quoting), with nothing expanded: no
 //! variables, no patterns, no operators. Words are bytes, since file names are.
 
-use crate::refusal::Refusal::{self, Command};
+use crate::refusal::{self, Refusal};
 
 /// The words of `line`, of which there is at least one: blanks and line ends separate, quotes and backslashes
 /// keep together. An unclosed quote, or a NUL, which no argument can hold, is refused.
@@ -36,10 +36,10 @@ pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
     }
     words.extend(word);
     match quote {
-        _ if line.contains(&0) => Err(Command("command has a NUL; no argument can hold one")),
-        Some(b'"') => Err(Command("command has an unclosed double quote; close it with \"")),
-        Some(_) => Err(Command("command has an unclosed single quote; close it with '")),
-        None if words.is_empty() => Err(Command("command is empty; name a program: command=ls")),
+        _ if line.contains(&0) => Err(refusal::NUL),
+        Some(b'"') => Err(refusal::DOUBLE_QUOTE),
+        Some(_) => Err(refusal::SINGLE_QUOTE),
+        None if words.is_empty() => Err(refusal::EMPTY),
         None => Ok(words),
     }
 }
