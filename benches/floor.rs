@@ -21,7 +21,7 @@ struct Server {
 impl Server {
     fn start() -> Server {
         let mut command = Command::new(BINARY);
-        command.args(["--listen", "127.0.0.1:0", "--max-connections", "200"]);
+        command.args(["--listen", "127.0.0.1:0", "--max-commands", "200"]);
         let mut process = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
@@ -59,13 +59,23 @@ impl Server {
         assert!(expected.iter().all(|part| tail.contains(part)), "{command}: {tail}");
     }
 
-    /// Proportional memory, in kB.
+    /// Proportional memory, in kB, of the supervisor and the server together.
     fn memory(&self) -> f64 {
-        let rollup =
-            std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.process.id())).unwrap();
-        let line = rollup.lines().find(|line| line.starts_with("Pss:")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+        let supervisor = self.process.id();
+        let children = std::fs::read_dir("/proc").unwrap().filter_map(|entry| {
+            let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let parent = stat.rsplit_once(") ")?.1.split(' ').nth(1)?;
+            (parent == supervisor.to_string()).then_some(pid)
+        });
+        children.chain([supervisor]).map(proportional_memory).sum()
     }
+}
+
+fn proportional_memory(pid: u32) -> f64 {
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = rollup.lines().find(|line| line.starts_with("Pss:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 impl Drop for Server {

@@ -18,6 +18,8 @@ pub struct Child {
     is_reaped: bool,
     /// What it started outside its group, as far as that was looked for.
     strays: Vec<Process>,
+    /// Whether there was anybody but the leader when it was last signalled.
+    has_company: bool,
 }
 
 /// The server's ends of a command's pipes, which do not block.
@@ -48,7 +50,7 @@ impl Child {
             outputs: [nonblocking(stdout.into()), nonblocking(stderr.into())],
         };
         let (pid, strays) = (process.id(), Vec::new());
-        Ok((Child { pid, process, is_reaped: false, strays }, pipes))
+        Ok((Child { pid, process, is_reaped: false, strays, has_company: false }, pipes))
     }
 
     /// Whether the leader has exited.
@@ -62,9 +64,11 @@ impl Child {
     /// since another one could hold anybody. What has left the session is left alone.
     pub fn signal(&mut self, signal: i32) {
         // Found first: what loses its parent to the signal is nobody's descendant any more.
-        let family = processes::family(&processes::recent(), self.pid, &self.strays);
-        self.strays = family;
+        let all = processes::recent();
+        self.strays = processes::family(&all, self.pid, &self.strays);
         self.strays.retain(|process| process.group != self.pid);
+        let is_member = |other: &Process| other.group == self.pid && other.pid != self.pid;
+        self.has_company = !self.strays.is_empty() || all.iter().any(is_member);
         for signal in [signal, sys::SIGCONT] {
             // One that is stopped would not notice before SIGCONT.
             sys::send_group(self.pid, signal);
@@ -79,11 +83,15 @@ impl Child {
         sys::send_group(self.pid, sys::SIGKILL);
     }
 
-    /// Whether nothing is left alive of the group, and of what was found outside of it.
+    /// Whether nothing but the leader is left alive of the group, and of what was found outside of it.
     pub fn is_alone(&self) -> bool {
+        if !self.has_company {
+            return true;
+        }
         let is_left = |process: &Process| {
             let is_stray = self.strays.iter().any(|stray| stray.is_same(process));
-            !process.is_zombie && (process.group == self.pid || is_stray)
+            let is_member = process.group == self.pid && process.pid != self.pid;
+            !process.is_zombie && (is_member || is_stray)
         };
         !processes::recent().iter().any(is_left)
     }

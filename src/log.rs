@@ -9,7 +9,7 @@ use crate::clock;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{OnceLock, mpsc::SyncSender, mpsc::sync_channel};
 use std::time::{Duration, Instant};
-use std::{fmt::Arguments, io, io::ErrorKind, io::Write, thread};
+use std::{fmt::Arguments, io, io::ErrorKind, io::Write, iter, thread};
 
 /// Lines that wait to be written, 4 MiB at the most.
 const QUEUE: usize = 512;
@@ -43,9 +43,13 @@ pub fn start(token: Option<String>) -> io::Result<()> {
     let _ = LINES.set(sender);
     thread::Builder::new().spawn(move || {
         let mut is_at_line_start = true;
-        for line in lines {
-            is_at_line_start = write(line, is_at_line_start);
-            WAITING.fetch_sub(1, SeqCst);
+        while let Ok(first) = lines.recv() {
+            // Under load what comes meanwhile needs no wake-up of its own.
+            thread::sleep(PAUSE);
+            for line in iter::once(first).chain(lines.try_iter()) {
+                is_at_line_start = write(line, is_at_line_start);
+                WAITING.fetch_sub(1, SeqCst);
+            }
         }
     })?;
     Ok(())

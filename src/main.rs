@@ -66,6 +66,7 @@ fn start() -> Result<u8, Exit> {
 }
 
 fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
+    sys::share_arenas();
     // With the port that was taken where 0 was asked for.
     let address = listener.local_addr()?;
     log::start(config.rules.token.clone())?;

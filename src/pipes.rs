@@ -14,9 +14,12 @@ use std::{fs::File, net::TcpStream, time::Duration};
 /// The longest that anything waits before it sees what else has happened. All times are kept to within a
 /// tick.
 pub const TICK: Duration = Duration::from_millis(100);
+/// A reader waits longer: it would be woken for nothing, 20 times a second for each silent stream, and only
+/// what somebody else keeps open makes it late.
+const READ_TICK: Duration = Duration::from_millis(500);
 /// A silent stream must cost little, a loud one few calls: the buffer grows as long as reads fill it.
 const FIRST_BUFFER: usize = 4 << 10;
-const LARGEST_BUFFER: usize = 64 << 10;
+const LARGEST_BUFFER: usize = 32 << 10;
 /// The most that a pipe holds unless root says otherwise (pipe(7)). What an escaped process goes on writing
 /// is not waited for.
 const MOST_IN_PIPE: usize = 1 << 20;
@@ -49,7 +52,7 @@ pub fn read(mut pipe: File, source: usize, run: &SyncSender<Message>, is_over: &
     let (mut buffer, mut last_bytes) = (Vec::new(), 0);
     while last_bytes <= MOST_IN_PIPE {
         let is_last = is_over.load(SeqCst);
-        let wait = if is_last { Duration::ZERO } else { TICK };
+        let wait = if is_last { Duration::ZERO } else { READ_TICK };
         if sys::poll_one(&pipe, POLLIN, wait) == 0 {
             if is_last {
                 break;

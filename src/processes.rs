@@ -64,11 +64,12 @@ pub fn recent() -> Arc<Vec<Process>> {
 /// Of `all`, `leader`, those of `known` that are still there, and all that descend from these: as far as they
 /// belong to the session that the server leads, and all commands share.
 pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
+    let session = std::process::id();
     let mut family: Vec<Process> = Vec::new();
     // Each round adds the children of those found before, until there are none.
     loop {
         let before = family.len();
-        for process in all.iter().filter(|process| process.session == std::process::id()) {
+        for process in all.iter().filter(|process| process.session == session) {
             let is_root = process.pid == leader || known.iter().any(|one| one.is_same(process));
             let is_child = family.iter().any(|parent| parent.pid == process.parent);
             if (is_root || is_child) && !family.contains(process) {

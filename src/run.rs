@@ -20,8 +20,8 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 use std::{fs::File, net::SocketAddr, net::TcpStream, process::ExitStatus, thread};
 
-/// Messages; each has up to 64 KiB of output.
-const CHANNEL: usize = 1;
+/// Messages, one from each reader, of up to 32 KiB.
+const CHANNEL: usize = 2;
 /// Output that is encoded for one write. A byte may be six when it is encoded.
 const BATCH: usize = 64 << 10;
 /// What a command left running may pause for before the stream ends.

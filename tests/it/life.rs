@@ -4,6 +4,7 @@ use crate::support::*;
 use std::io::{BufRead, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 #[test]
@@ -500,9 +501,15 @@ fn content_that_breaks_off_ends_the_command() {
 fn a_client_that_does_not_read_is_given_up() {
     let server = Server::start(&["--stall", "1", "--grace", "0.5"]);
     let (client, pid) = server.begin("yes");
+    let mut plain = server.connect();
+    plain.write(format!(
+        "GET /run?command=yes HTTP/1.1\r\nHost: {}\r\nAccept: text/plain\r\n\r\n",
+        server.address
+    ));
     is_gone(pid);
-    server.logged(&["exit", "out=stalled"]);
-    drop(client);
+    wait_for("both to be logged", || server.log().matches("out=stalled").count() == 2);
+    assert_eq!(server.session(), [0; 0]);
+    drop((client, plain));
     // Nor does it hold up a timeout, or the end.
     let mut server = Server::start(&["--timeout", "1", "--grace", "0.5"]);
     let (_client, pid) = server.begin("yes");
@@ -706,6 +713,20 @@ fn a_command_that_meddles_with_its_own_pipes_holds_nothing_up() {
     assert_eq!(server.session(), [0; 0]);
 }
 
+/// It takes the room for which the feeder was woken, and then falls silent: among so many, some hit the moment.
+#[test]
+fn a_command_that_fills_its_own_input_is_timed_all_the_same() {
+    let server = Server::start(&["--timeout", "2", "--grace", "0.5"]);
+    let content = format!("Content-Length: 10000000\r\n\r\n{}", "x".repeat(1_500_000));
+    at_once(0..40, |number| {
+        let read = format!("dd bs=4096 count={} of=/dev/null status=none", 200 + number);
+        let script = format!("exec 3>/proc/self/fd/0; yes >&3 & yes >&3 & {read}; sleep 1000");
+        let (mut client, _) = server.begin_post(&format!("sh -c '{script}'"), &content);
+        assert!(outcome(&client.rest()).starts_with("timeout:"));
+    });
+    server.session_has(0);
+}
+
 /// Who says nothing is not waited for.
 #[test]
 fn idle_connections_do_not_hold_up_the_end() {
@@ -830,16 +851,30 @@ fn a_client_that_pauses_gets_all_that_was_written() {
 #[test]
 fn nothing_follows_exit() {
     let room = room_of_an_idle_client(&Server::start(&[]));
+    let complete = AtomicUsize::new(0);
     at_once([66_000, 74_000, 82_000, 90_000], |left| {
         let server = Server::start(&["--grace", "1"]);
         let (mut client, pid) = server.begin(&format!("head -c {} /dev/zero", room - left));
         has_exited(pid);
         server.signal("TERM");
         server.logged(&["shutdown"]);
-        std::thread::sleep(Duration::from_millis(300));
-        let events = client.rest();
-        assert_eq!(events.last().unwrap().event, "exit", "{left}");
+        std::thread::sleep(Duration::from_millis(150));
+        let mut content = Vec::new();
+        // A client that pauses for too long is cut off: one that shares its processor may.
+        let ended = loop {
+            match client.chunk() {
+                Some(chunk) if chunk.is_empty() => break true,
+                Some(chunk) => content.extend(chunk),
+                None => break false,
+            }
+        };
+        let events = parse_events(&content);
+        let exit = events.iter().position(|event| event.event == "exit");
+        assert!(!ended || exit == Some(events.len() - 1), "{left}");
+        assert!(exit.is_none_or(|place| place == events.len() - 1), "{left}");
+        complete.fetch_add(usize::from(ended), SeqCst);
     });
+    assert!(complete.into_inner() > 0);
 }
 
 /// It is the client that pauses then, not the output of what the command left running.
@@ -868,7 +903,8 @@ fn leftovers_are_not_taken_for_quiet_while_the_server_pauses() {
         signal_process(server.pid, "STOP");
         std::thread::sleep(Duration::from_millis(400));
         signal_process(server.pid, "CONT");
-        std::thread::sleep(Duration::from_millis(100));
+        // Another line, at least, by which the quiet is over.
+        printed.extend(parse_events(client.read_until("\\n").as_bytes()));
     }
     printed.extend(client.rest());
     assert_eq!(outcome(&printed), "exited:0");

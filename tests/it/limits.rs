@@ -145,8 +145,13 @@ fn without_descriptors_it_refuses_and_recovers() {
         let held = until_none_is_left(&server, &refusals);
         // Silent connections take up what is left; the processor stays idle.
         let silent: Vec<_> = (0..40).map(|_| server.connect()).collect();
+        let mut waiting = server.connect();
+        waiting.write(format!("GET /none HTTP/1.1\r\nHost: {}\r\n\r\n", server.address));
         stays_idle(&server);
         drop((held, silent));
+        // Who has waited meanwhile is served.
+        assert_eq!(waiting.response().status, 404);
+        drop(waiting);
         server.comes_to_rest(rest);
         assert_eq!(outcome(&server.run("true")), "exited:0");
         assert!(!server.log().contains("panicked"), "{}", server.log());

@@ -289,6 +289,9 @@ fn no_part_of_the_token_appears_where_a_text_is_cut() {
     let command = format!("sh -c \"{}\" {TOKEN}", script.replace('$', "\\$"));
     let response = server.get(&run_target(&command), &fields);
     assert_eq!(response.trailers, [("exit-code".to_string(), "0".to_string())]);
+    // And more than one read brings.
+    let command = format!("sh -c 'yes $0 | head -c 2000000' {TOKEN}");
+    assert!(server.get(&run_target(&command), &fields).complete);
     server.get("/last", &bearer);
     server.logged(&["target=\"/last\""]);
     has_no_token(&server.log());
