@@ -15,8 +15,8 @@ const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     Cache-Control: no-store\r\n\
     Referrer-Policy: no-referrer\r\n\
     Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
-    script-src 'sha256-wK/s8VJXRrbU3c53Tth8GUpUCn0USSPx0SvKR7q+mSM='; \
-    style-src 'sha256-jdJa92PiKOozopsOEzzGW4LO2eVt81vwSMgKenZXtHc='; \
+    script-src 'sha256-kYg89cifJTR3pMYIPyA7/RqHXP0IvoNiDJbassuMO5Y='; \
+    style-src 'sha256-AmjkUq9OY+RRVliTJsq+yR3StDAZmCqZxMMnGphYIe0='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 
 const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\

@@ -33,7 +33,7 @@ const FIRST_WAIT: Duration = Duration::from_micros(50);
 /// Comments by which a half-close is told from a connection's end, before the heartbeat has to do.
 const MOST_PROBES: u32 = 2;
 /// How long a client that does not read can hold up the server's end.
-const LAST_STALL: Duration = Duration::from_millis(300);
+const LAST_STALL: Duration = Duration::from_millis(700);
 /// Of a thread that reads or feeds: its buffers are on the heap.
 const STACK: usize = 64 << 10;
 /// The `out` of a command whose exit status nobody knows.
@@ -318,7 +318,7 @@ impl Run<'_> {
             }
             Phase::Leftovers(since) => {
                 // Where the whole server was stopped for a while, a look comes before what was missed.
-                let is_sure = self.quiet_looks >= 2;
+                let is_sure = self.quiet_looks >= 3;
                 let is_quiet = is_sure && since.max(self.heard).elapsed() >= QUIET;
                 if is_quiet || since.elapsed() >= limits.grace {
                     self.child.kill_group();
