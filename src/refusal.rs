@@ -96,9 +96,9 @@ pub const BUSY: Refusal = refuse(503, "no {} to be had; try again in a moment");
 /// The longest piece of what a client sent that it is shown again.
 const LONGEST_SHOWN: usize = 200;
 /// What shells have built in, or as a part of their grammar, and people therefore type.
-const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eval exec exit export fg \
-    for function history if jobs local read return select set shift source then trap type typeset ulimit \
-    umask unalias unset until wait while ";
+const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eval exec exit \
+    export fg for function history if jobs local read return select set shift source then trap \
+    type typeset ulimit umask unalias unset until wait while ";
 
 impl Refusal {
     /// With what it is about.

@@ -105,11 +105,12 @@ fn when(is_so: bool, text: &str) -> &str {
 
 /// The reason phrase (RFC 9110 section 15; 431 is RFC 6585).
 fn phrase(status: u16) -> &'static str {
-    const PHRASES: &str = "200 OK, 204 No Content, 400 Bad Request, 401 Unauthorized, 403 Forbidden, \
-        404 Not Found, 405 Method Not Allowed, 408 Request Timeout, 411 Length Required, \
-        413 Content Too Large, 414 URI Too Long, 415 Unsupported Media Type, \
-        417 Expectation Failed, 421 Misdirected Request, 431 Request Header Fields Too Large, \
-        501 Not Implemented, 503 Service Unavailable, 505 HTTP Version Not Supported";
+    const PHRASES: &str = "200 OK, 204 No Content, 400 Bad Request, 401 Unauthorized, \
+        403 Forbidden, 404 Not Found, 405 Method Not Allowed, 408 Request Timeout, \
+        411 Length Required, 413 Content Too Large, 414 URI Too Long, \
+        415 Unsupported Media Type, 417 Expectation Failed, 421 Misdirected Request, \
+        431 Request Header Fields Too Large, 501 Not Implemented, 503 Service Unavailable, \
+        505 HTTP Version Not Supported";
     let mut known = PHRASES.split(", ").filter_map(|entry| entry.split_once(' '));
     let found = known.find(|(code, _)| *code == status.to_string());
     found.map_or("", |(_, phrase)| phrase)
