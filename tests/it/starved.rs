@@ -99,7 +99,9 @@ fn starved_of_addresses() {
             assert_eq!(server.session(), [0; 0]);
         }
         let log = server.log();
-        assert!(!log.contains("panicked"), "{log}");
+        // std itself gives a thread up that way, where there is no room for its signal stack.
+        let is_std_s = log.contains("failed to allocate an alternative stack");
+        assert!(is_std_s || !log.contains("panicked"), "{log}");
         drop(server);
     }
 }
