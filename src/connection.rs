@@ -65,9 +65,9 @@ struct Input<'a> {
 }
 
 impl Read for Input<'_> {
-    /// Fails with `TimedOut` where the deadline has passed.
+    /// Fails with `TimedOut` where the deadline has passed, also for one that sends a byte now and then.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
+        while Instant::now() < self.deadline {
             match self.socket.read(buffer) {
                 Err(error) if is_passing(&error) => {}
                 done => return done,
@@ -75,10 +75,8 @@ impl Read for Input<'_> {
             if sys::is_ending() {
                 return Err(ErrorKind::ConnectionAborted.into());
             }
-            if Instant::now() >= self.deadline {
-                return Err(ErrorKind::TimedOut.into());
-            }
         }
+        Err(ErrorKind::TimedOut.into())
     }
 }
 
@@ -178,11 +176,12 @@ impl Connection<'_> {
         let (status, words) = (refusal.status, refusal.words());
         let (why, _) = words.split_once("; ").unwrap_or((&words, ""));
         let (peer, why) = (self.client.peer, quoted(why.as_bytes()));
-        let mut asked = format!("target={}", decoded_where_secret(request.target.as_bytes()));
+        let target = request.target.as_bytes();
+        let mut asked = format!("target={}", logged(target, target));
         if !form.is_empty() {
             let text = percent_decode(form).unwrap_or(form.to_vec());
             let command = text.strip_prefix(b"command=").unwrap_or(&text);
-            asked += &format!(" command={}", quoted(command));
+            asked += &format!(" command={}", logged(form, command));
         }
         log::line(format_args!("refuse peer={peer} status={status} {asked} why={why}"));
         self.write(&context.refusal(refusal)) && self.goes_on(context.closes)
@@ -231,10 +230,20 @@ impl Connection<'_> {
     }
 }
 
-/// A target as sent, for the log; decoded where the token would hide behind escapes.
-fn decoded_where_secret(target: &[u8]) -> String {
-    match percent_decode(target) {
-        Some(decoded) if log::has_token(&decoded) => quoted(&decoded),
-        _ => quoted(target),
+/// A text for the log, in its readable form; where the token hides behind escapes of what was sent, what that
+/// stands for, with the token masked. Unlike in a command, a malformed escape and a `+` stand for themselves:
+/// a token has no blank, and no part of it is to be seen beside them.
+fn logged(sent: &[u8], readable: &[u8]) -> String {
+    let (mut meant, mut rest) = (Vec::new(), sent);
+    while let Some(&byte) = rest.first() {
+        let escape = if byte == b'%' { rest.get(..3) } else { None };
+        if let Some(decoded) = escape.and_then(percent_decode) {
+            meant.extend(decoded);
+            rest = &rest[3..];
+        } else {
+            meant.push(byte);
+            rest = &rest[1..];
+        }
     }
+    quoted(if log::has_token(&meant) { &meant } else { readable })
 }

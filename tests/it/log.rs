@@ -315,6 +315,12 @@ fn a_token_of_signs_never_appears() {
     for name in ["token", "command"] {
         let target = format!("/run?{name}={}", percent_encode(token.as_bytes()));
         server.get(&target, "");
+        // Beside what does not decode, in a target and in a form.
+        server.get(&target.replace('?', "?%zz&"), "");
+        let form = target.replace("/run?", "%zz&");
+        let length = format!("Content-Length: {}", form.len());
+        let head = format!("POST /run HTTP/1.1\r\nHost: {}\r\n{fields}{length}", server.address);
+        assert_eq!(server.send(format!("{head}\r\n\r\n{form}")).status, 400);
     }
     server.get("/last", &fields);
     server.logged(&["target=\"/last\""]);

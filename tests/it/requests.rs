@@ -790,8 +790,9 @@ fn response_while_sending(client: &mut Client) -> Response {
     let is_over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
+            // Faster than the program looks up, so that each of its reads gets something.
             while !is_over.load(Ordering::SeqCst) && writer.write_all(b"x").is_ok() {
-                std::thread::sleep(Duration::from_millis(200));
+                std::thread::sleep(Duration::from_millis(30));
             }
         });
         let response = client.response();
