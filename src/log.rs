@@ -9,7 +9,7 @@ use crate::clock;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{OnceLock, mpsc::SyncSender, mpsc::sync_channel};
 use std::time::{Duration, Instant};
-use std::{fmt::Arguments, io, io::ErrorKind, io::Write, iter, thread};
+use std::{fmt::Arguments, io, io::ErrorKind, io::Write, thread};
 
 /// Lines that wait to be written, 4 MiB at the most.
 const QUEUE: usize = 512;
@@ -33,22 +33,23 @@ static LINES: OnceLock<SyncSender<Line>> = OnceLock::new();
 static WAITING: AtomicU64 = AtomicU64::new(0);
 /// Lines that were not written, and that no line has told of.
 static LOST: AtomicU64 = AtomicU64::new(0);
-/// What is left out of every text.
+/// What is left out of every text, escaped as texts are.
 static TOKEN: OnceLock<String> = OnceLock::new();
 
 /// Starts the thread that writes. The token is left out of all texts.
-pub fn start(token: Option<String>) -> io::Result<()> {
-    let _ = token.map(|token| TOKEN.set(token));
+pub fn start(token: Option<&String>) -> io::Result<()> {
     let (sender, lines) = sync_channel(QUEUE);
-    let _ = LINES.set(sender);
+    LINES.get_or_init(|| sender);
+    if let Some(token) = token {
+        TOKEN.get_or_init(|| escape(token.as_bytes()));
+    }
     thread::Builder::new().spawn(move || {
         let mut is_at_line_start = true;
-        while let Ok(first) = lines.recv() {
-            // Under load what comes meanwhile needs no wake-up of its own.
-            thread::sleep(PAUSE);
-            for line in iter::once(first).chain(lines.try_iter()) {
-                is_at_line_start = write(line, is_at_line_start);
-                WAITING.fetch_sub(1, SeqCst);
+        for line in lines {
+            is_at_line_start = write(line, is_at_line_start);
+            if WAITING.fetch_sub(1, SeqCst) == 1 {
+                // Under load what comes meanwhile needs no wake-up of its own.
+                thread::sleep(PAUSE);
             }
         }
     })?;
@@ -83,8 +84,8 @@ pub fn finish() {
 /// the token as `***`, and so what may be a part of it that the text's ends cut off.
 pub fn quoted(text: &[u8]) -> String {
     let mut text = escape(text);
-    if let Some(token) = TOKEN.get().map(|token| escape(token.as_bytes())) {
-        text = text.replace(&token, "***");
+    if let Some(token) = TOKEN.get() {
+        text = text.replace(token, "***");
         for length in (SHORTEST_PART..token.len()).rev() {
             if let Some(start) = text.strip_suffix(&token[..length]) {
                 text = format!("{start}***");
@@ -101,8 +102,7 @@ pub fn quoted(text: &[u8]) -> String {
 
 /// Whether a text has the token in it.
 pub fn has_token(text: &[u8]) -> bool {
-    let is_in = |token: &String| escape(text).contains(&escape(token.as_bytes()));
-    TOKEN.get().is_some_and(is_in)
+    TOKEN.get().is_some_and(|token| escape(text).contains(token))
 }
 
 fn escape(text: &[u8]) -> String {
@@ -111,14 +111,13 @@ fn escape(text: &[u8]) -> String {
 
 /// Writes a line, as far as there is room: none on a full disk, in a file at its size limit, in a closed pipe.
 /// Returns whether the next one is at the start of a line.
-fn write(mut line: Line, is_at_line_start: bool) -> bool {
-    if !is_at_line_start {
-        // No line may begin behind the half of another.
-        line.text.insert(0, '\n');
-    }
-    let (bytes, mut written) = (line.text.as_bytes(), 0);
-    while written < bytes.len() {
-        match io::stderr().write(&bytes[written..]) {
+fn write(line: Line, is_at_line_start: bool) -> bool {
+    // No line may begin behind the half of another.
+    let start = if is_at_line_start { "" } else { "\n" };
+    let text = start.to_string() + &line.text;
+    let mut written = 0;
+    while written < text.len() {
+        match io::stderr().write(&text.as_bytes()[written..]) {
             Ok(length) => written += length,
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(_) => {
@@ -127,7 +126,7 @@ fn write(mut line: Line, is_at_line_start: bool) -> bool {
             }
         }
     }
-    if written == 0 { is_at_line_start } else { bytes[written - 1] == b'\n' }
+    if written == 0 { is_at_line_start } else { text[..written].ends_with('\n') }
 }
 
 #[cfg(test)]

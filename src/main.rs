@@ -69,13 +69,12 @@ fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     sys::share_arenas();
     // With the port that was taken where 0 was asked for.
     let address = listener.local_addr()?;
-    log::start(config.rules.token.clone())?;
-    let blind = if processes::is_known() {
-        ""
-    } else {
-        " why=\"without /proc, what is left after a kill -9 of the server cannot be found\""
-    };
-    log::line(format_args!("listen address=http://{address}{blind}"));
+    log::start(config.rules.token.as_ref())?;
+    log::line(format_args!("listen address=http://{address}"));
+    if !processes::is_known() {
+        let why = "without /proc, what is left after a kill -9 of the server cannot be found";
+        log::line(format_args!("listen why=\"{why}\""));
+    }
     // Nobody waits for a stdout that is a full pipe.
     thread::Builder::new().spawn(move || {
         let _ = writeln!(io::stdout(), "ssecommander listening on http://{address}");

@@ -3,10 +3,10 @@
 //! Read only when something is to be killed: to find what a command started outside its process group,
 //! and all that is left of the server's session once the server has ended.
 
-use std::sync::{Arc, Mutex, PoisonError};
-use std::{fs, time::Instant};
+use std::sync::{Mutex, PoisonError};
+use std::{fs, process, time::Instant};
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Process {
     pub pid: u32,
     pub parent: u32,
@@ -29,42 +29,42 @@ impl Process {
 /// of another namespace all numbers mean other processes.
 pub fn is_known() -> bool {
     let own = fs::read_link("/proc/self").unwrap_or_default();
-    own.to_str() == Some(&std::process::id().to_string())
+    own.to_str() == Some(&process::id().to_string())
 }
 
 /// All processes, in no order; none where [`is_known`] does not hold.
 pub fn all() -> Vec<Process> {
+    if !is_known() {
+        return Vec::new();
+    }
     let mut processes = Vec::new();
-    if is_known() {
-        for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            // Not every folder is a process, and a process may have ended since.
-            let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
-            processes.extend(parse(&String::from_utf8_lossy(&stat)));
-        }
+    for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        // Not every folder is a process, and a process may have ended since.
+        let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
+        processes.extend(parse(&String::from_utf8_lossy(&stat)));
     }
     processes
 }
 
 /// The same, as it was at some moment after this call began. Where many clients leave at once, many threads
 /// ask at once: one reads, and those that waited for it share what the next one reads.
-pub fn recent() -> Arc<Vec<Process>> {
-    static LAST: Mutex<Option<(Instant, Arc<Vec<Process>>)>> = Mutex::new(None);
-    let asked = Instant::now();
+pub fn recent() -> Vec<Process> {
+    /// When they were read, and what was found.
+    static LAST: Mutex<(Option<Instant>, Vec<Process>)> = Mutex::new((None, Vec::new()));
+    let asked = Some(Instant::now());
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    match &*last {
-        Some((begun, processes)) if *begun > asked => processes.clone(),
-        _ => {
-            let (begun, processes) = (Instant::now(), Arc::new(all()));
-            *last = Some((begun, processes.clone()));
-            processes
-        }
+    let (begun, processes) = &mut *last;
+    if *begun <= asked {
+        *begun = Some(Instant::now());
+        *processes = all();
     }
+    processes.clone()
 }
 
 /// Of `all`, `leader`, those of `known` that are still there, and all that descend from these: as far as they
 /// belong to the session that the server leads, and all commands share.
 pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
-    let session = std::process::id();
+    let session = process::id();
     let mut family: Vec<Process> = Vec::new();
     // Each round adds the children of those found before, until there are none.
     loop {
@@ -73,7 +73,7 @@ pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
             let is_root = process.pid == leader || known.iter().any(|one| one.is_same(process));
             let is_child = family.iter().any(|parent| parent.pid == process.parent);
             if (is_root || is_child) && !family.contains(process) {
-                family.push(process.clone());
+                family.push(*process);
             }
         }
         if family.len() == before {

@@ -1,13 +1,11 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::config::Config;
 use crate::run::{IS_URGENT, RUNNING};
-use crate::sys::{self, POLLIN};
-use crate::{connection, log, pipes::TICK};
+use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
 use std::time::{Duration, Instant};
-use std::{io, io::ErrorKind, thread};
+use std::{io, thread};
 
 /// Connections that run no command. Beyond them clients wait to be accepted, and not for long: who sends
 /// nothing has five seconds.
@@ -36,11 +34,10 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
         let waiting = CONNECTIONS.load(SeqCst).saturating_sub(RUNNING.load(SeqCst));
         if waiting >= MOST_WAITING {
             thread::sleep(PAUSE);
-        } else if sys::poll_one(&listener, POLLIN, TICK) != 0 {
+        } else if sys::poll_one(&listener, sys::POLLIN, TICK) != 0 {
             match listener.accept() {
                 Ok((socket, peer)) => start_thread(&config, socket, peer),
-                // Another moment's client, or none any more.
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                // No descriptor is to be had; or the client has left meanwhile, which is rare.
                 Err(_) => thread::sleep(PAUSE),
             }
         }
@@ -85,19 +82,16 @@ fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
 /// Waits for all connections: they see the signal by themselves, and end after their commands.
 fn wait_for_the_end(grace: Duration) {
     let mut deadline = Instant::now() + grace + AFTER_GRACE;
-    // When the first SIGTERM or SIGINT was seen, and how many have come that count as the first.
-    let (mut first_seen, mut same) = (None, 0);
+    let (mut known, mut first_seen) = (0, None);
     while CONNECTIONS.load(SeqCst) > 0 && Instant::now() < deadline {
-        let terminations = sys::terminations();
-        let seen = match first_seen {
-            None if terminations == 0 => Instant::now(),
-            None => *first_seen.insert(Instant::now()),
-            Some(seen) => seen,
-        };
-        if seen.elapsed() < SAME_SIGNAL {
-            same = terminations;
-        } else if terminations > same && !IS_URGENT.swap(true, SeqCst) {
-            deadline = deadline.min(Instant::now() + URGENT_TIME);
+        let terminations = sys::TERMINATIONS.load(SeqCst);
+        if terminations > known {
+            known = terminations;
+            let since_first = first_seen.get_or_insert_with(Instant::now).elapsed();
+            if since_first >= SAME_SIGNAL {
+                IS_URGENT.store(true, SeqCst);
+                deadline = deadline.min(Instant::now() + URGENT_TIME);
+            }
         }
         thread::sleep(END_TICK);
     }

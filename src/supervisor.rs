@@ -23,13 +23,11 @@ pub fn split() -> io::Result<Option<u8>> {
         sys::leave_parent(supervisor);
         return Ok(None);
     };
-    loop {
-        let exited = sys::wait_any_noreap()?;
-        if exited == server {
-            break;
-        }
+    let mut exited = sys::wait_any_noreap()?;
+    while exited != server {
         // As process 1 of a container it is the parent of all whose own parent has ended.
         sys::reap(exited)?;
+        exited = sys::wait_any_noreap()?;
     }
     // The server is a zombie until it is reaped, so no other session can have got its number.
     kill_session(server);

@@ -6,10 +6,9 @@
 //! compile rather than misbehave.
 
 use std::ffi::{c_int, c_short, c_uint, c_ulong};
-use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
-use std::time::Duration;
-use std::{io, net::TcpStream, ptr};
+use std::os::{fd::AsFd, fd::AsRawFd, unix::process::parent_id};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
+use std::{io, net::TcpStream, process, ptr, time::Duration};
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
@@ -61,24 +60,26 @@ unsafe extern "C" {
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
     fn prctl(option: c_int, ...) -> c_int;
     fn setsid() -> c_int;
-    fn setsockopt(fd: c_int, level: c_int, name: c_int, value: *const c_int, size: c_uint)
-    -> c_int;
+    fn setsockopt(fd: c_int, level: c_int, name: c_int, val: *const c_int, len: c_uint) -> c_int;
     fn signal(signal: c_int, handler: usize) -> usize;
     fn sigprocmask(how: c_int, set: *const [c_ulong; 32], old: *mut [c_ulong; 32]) -> c_int;
     fn waitid(idtype: c_uint, id: c_uint, info: *mut SignalInfo, options: c_int) -> c_int;
 }
 
-/// How many of SIGTERM and SIGINT, and of SIGHUP, have come to this process.
-static TERMINATIONS: AtomicU32 = AtomicU32::new(0);
-static HANGUPS: AtomicU32 = AtomicU32::new(0);
+/// How many SIGTERM and SIGINT have come to this process.
+pub static TERMINATIONS: AtomicU32 = AtomicU32::new(0);
+/// Whether one of them has come, or SIGHUP.
+static IS_ENDING: AtomicBool = AtomicBool::new(false);
 /// In the supervisor the server's process id, once it is known; else 0.
 static SERVER: AtomicI32 = AtomicI32::new(0);
 
 /// Notes a signal, and hands it on where the server's number is known. Only what signal-safety(7) admits:
 /// atomics and kill(2).
 extern "C" fn note(number: c_int) {
-    let counter = if number == SIGHUP { &HANGUPS } else { &TERMINATIONS };
-    counter.fetch_add(1, SeqCst);
+    if number != SIGHUP {
+        TERMINATIONS.fetch_add(1, SeqCst);
+    }
+    IS_ENDING.store(true, SeqCst);
     let server = SERVER.load(SeqCst);
     if server > 0 {
         // SAFETY: numbers alone. To reap the server is the supervisor's last act, so until then the number
@@ -89,7 +90,7 @@ extern "C" fn note(number: c_int) {
 
 extern "C" fn do_nothing(_: c_int) {}
 
-/// Takes SIGTERM, SIGINT and SIGHUP, which are counted from now on, and undoes what whoever started the
+/// Takes SIGTERM, SIGINT and SIGHUP, which are noted from now on, and undoes what whoever started the
 /// program may have left in the way.
 ///
 /// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
@@ -115,14 +116,9 @@ pub fn take_signals() {
     }
 }
 
-/// How many SIGTERM and SIGINT have come.
-pub fn terminations() -> u32 {
-    TERMINATIONS.load(SeqCst)
-}
-
 /// Whether a signal has come that ends the server; SIGHUP, too, unless `nohup` keeps it away.
 pub fn is_ending() -> bool {
-    terminations() > 0 || HANGUPS.load(SeqCst) > 0
+    IS_ENDING.load(SeqCst)
 }
 
 /// Splits the process in two: the child gets `None`, the parent the child's process id, to which it hands
@@ -133,14 +129,11 @@ pub fn fork_server() -> io::Result<Option<u32>> {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(None),
         server => {
-            // In this order nothing is lost: a signal that comes before the number is stored is found in
-            // the counters after it.
+            // In this order nothing is lost: a signal that comes before the number is stored has left its
+            // note by now. Whichever it was, SIGTERM says the same; what is told twice counts once.
             SERVER.store(server, SeqCst);
-            if terminations() > 0 {
+            if is_ending() {
                 send(server as u32, SIGTERM);
-            }
-            if HANGUPS.load(SeqCst) > 0 {
-                send(server as u32, SIGHUP);
             }
             Ok(Some(server as u32))
         }
@@ -157,8 +150,8 @@ pub fn leave_parent(parent: u32) {
         setsid();
         prctl(PR_SET_PDEATHSIG, SIGTERM as c_ulong);
     }
-    if std::os::unix::process::parent_id() != parent {
-        send(std::process::id(), SIGTERM);
+    if parent_id() != parent {
+        send(process::id(), SIGTERM);
     }
 }
 
@@ -206,17 +199,15 @@ pub fn reap(pid: u32) -> io::Result<u8> {
 }
 
 fn wait(idtype: c_uint, id: c_uint, options: c_int) -> io::Result<SignalInfo> {
-    loop {
-        let mut info = SignalInfo([0; 32]);
-        // SAFETY: the call fills in a siginfo_t, for which there is room.
-        if unsafe { waitid(idtype, id, &mut info, options) } == 0 {
-            return Ok(info);
-        }
+    let mut info = SignalInfo([0; 32]);
+    // SAFETY: the call fills in a siginfo_t, for which there is room.
+    while unsafe { waitid(idtype, id, &mut info, options) } != 0 {
         let error = io::Error::last_os_error();
         if error.kind() != io::ErrorKind::Interrupted {
             return Err(error);
         }
     }
+    Ok(info)
 }
 
 /// Waits up to `wait` until one of `events`, POLLERR or POLLHUP holds for the descriptor; returns those
@@ -264,13 +255,12 @@ pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) 
         // SAFETY: the option's value is an int, 4 bytes, read during the call.
         unsafe { setsockopt(socket.as_raw_fd(), level, name, &value, 4) };
     };
-    let whole = |time: Duration| time.as_secs() + u64::from(time.subsec_nanos() > 0);
     // The kernel takes no more.
-    let seconds = |time: Duration| whole(time).min(32_767) as c_int;
+    let seconds = |time: Duration| time.as_secs_f64().ceil().min(32_767.0) as c_int;
     set(SOL_SOCKET, SO_KEEPALIVE, 1);
     set(IPPROTO_TCP, TCP_KEEPIDLE, seconds(idle));
     // The first probe that finds the peer silent for `patience` is the last one.
     set(IPPROTO_TCP, TCP_KEEPINTVL, seconds(patience));
-    let millis = patience.as_millis().min(c_int::MAX as u128);
-    set(IPPROTO_TCP, TCP_USER_TIMEOUT, millis as c_int);
+    let millis = c_int::try_from(patience.as_millis()).unwrap_or(c_int::MAX);
+    set(IPPROTO_TCP, TCP_USER_TIMEOUT, millis);
 }
