@@ -25,8 +25,8 @@ pub fn imf_fixdate(millis: u64) -> String {
 
 /// Year, month and day in the Gregorian calendar, and the time of day, of a second counted from 1970-01-01.
 ///
-/// Years that begin in March have their leap day last, and months whose first days lie on the line (153 m + 2) / 5. Counted from
-/// 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
+/// Years that begin in March have their leap day last, and months whose first days lie on the line
+/// (153 m + 2) / 5. Counted from 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
 fn calendar(seconds: u64) -> (u64, u64, u64, String) {
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     let days = seconds / 86_400 + 719_468;
@@ -37,8 +37,7 @@ fn calendar(seconds: u64) -> (u64, u64, u64, String) {
     let day = day - (153 * month + 2) / 5 + 1;
     let month = if month < 10 { month + 3 } else { month - 9 };
     let year = era * 400 + year + u64::from(month <= 2);
-    let time = format!("{hour:02}:{minute:02}:{second:02}");
-    (year, month, day, time)
+    (year, month, day, format!("{hour:02}:{minute:02}:{second:02}"))
 }
 
 #[cfg(test)]

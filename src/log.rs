@@ -9,7 +9,7 @@ use crate::clock;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{OnceLock, mpsc::SyncSender, mpsc::sync_channel};
 use std::time::{Duration, Instant};
-use std::{fmt::Arguments, io, io::ErrorKind, io::Write, thread};
+use std::{fmt::Arguments, io, io::Write, thread};
 
 /// Lines that wait to be written, 4 MiB at the most.
 const QUEUE: usize = 512;
@@ -44,9 +44,17 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
         TOKEN.get_or_init(|| escape(token.as_bytes()));
     }
     thread::Builder::new().spawn(move || {
-        let mut is_at_line_start = true;
-        for line in lines {
-            is_at_line_start = write(line, is_at_line_start);
+        let mut begin = "";
+        for Line { text, lost } in lines {
+            // Fails on a full disk, in a file at its size limit, in a closed pipe. Half of it may stand there
+            // then, behind which no other line may begin.
+            match io::stderr().write_all((begin.to_string() + &text).as_bytes()) {
+                Ok(()) => begin = "",
+                Err(_) => {
+                    begin = "\n";
+                    LOST.fetch_add(lost + 1, SeqCst);
+                }
+            }
             if WAITING.fetch_sub(1, SeqCst) == 1 {
                 // Under load what comes meanwhile needs no wake-up of its own.
                 thread::sleep(PAUSE);
@@ -107,26 +115,6 @@ pub fn has_token(text: &[u8]) -> bool {
 
 fn escape(text: &[u8]) -> String {
     text.escape_ascii().to_string().replace("\\'", "'")
-}
-
-/// Writes a line, as far as there is room: none on a full disk, in a file at its size limit, in a closed pipe.
-/// Returns whether the next one is at the start of a line.
-fn write(line: Line, is_at_line_start: bool) -> bool {
-    // No line may begin behind the half of another.
-    let start = if is_at_line_start { "" } else { "\n" };
-    let text = start.to_string() + &line.text;
-    let mut written = 0;
-    while written < text.len() {
-        match io::stderr().write(&text.as_bytes()[written..]) {
-            Ok(length) => written += length,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(_) => {
-                LOST.fetch_add(line.lost + 1, SeqCst);
-                break;
-            }
-        }
-    }
-    if written == 0 { is_at_line_start } else { text[..written].ends_with('\n') }
 }
 
 #[cfg(test)]

@@ -12,16 +12,15 @@ use std::{io, thread};
 const MOST_WAITING: usize = 512;
 /// Of a connection's thread. Buffers are on the heap, and a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
-/// For what is out, descriptors or threads, to be had again; `accept` fails at once as long as it is not.
-const PAUSE: Duration = Duration::from_millis(50);
+/// Between two looks at what nothing tells of: whether descriptors and threads can be had again, or how the
+/// end goes on.
+const PAUSE: Duration = Duration::from_millis(10);
 /// What the end may take beyond `--grace`: a command that cannot be killed is given up by then.
 const AFTER_GRACE: Duration = Duration::from_millis(2_800);
 /// What the end may take once nobody waits for a command any longer.
 const URGENT_TIME: Duration = Duration::from_millis(400);
 /// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
-/// Between two looks at how the end goes on.
-const END_TICK: Duration = Duration::from_millis(5);
 
 static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
 
@@ -93,6 +92,6 @@ fn wait_for_the_end(grace: Duration) {
                 deadline = deadline.min(Instant::now() + URGENT_TIME);
             }
         }
-        thread::sleep(END_TICK);
+        thread::sleep(PAUSE);
     }
 }

@@ -17,12 +17,8 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// the server has ended, and all it left was killed: with the exit status to end with.
 /// Call it before any thread is started.
 pub fn split() -> io::Result<Option<u8>> {
-    let supervisor = std::process::id();
     sys::take_signals();
-    let Some(server) = sys::fork_server()? else {
-        sys::leave_parent(supervisor);
-        return Ok(None);
-    };
+    let Some(server) = sys::fork_server()? else { return Ok(None) };
     let mut exited = sys::wait_any_noreap()?;
     while exited != server {
         // As process 1 of a container it is the parent of all whose own parent has ended.

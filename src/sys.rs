@@ -121,38 +121,36 @@ pub fn is_ending() -> bool {
     IS_ENDING.load(SeqCst)
 }
 
-/// Splits the process in two: the child gets `None`, the parent the child's process id, to which it hands
-/// signals on from now on.
+/// Splits the process in two. The parent gets the child's process id, and hands signals on to it from now
+/// on. The child gets `None`: it leads a session of its own, without a controlling terminal, and the kernel
+/// sends it SIGTERM when the parent ends.
 pub fn fork_server() -> io::Result<Option<u32>> {
-    // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
-    match unsafe { fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => Ok(None),
-        server => {
-            // In this order nothing is lost: a signal that comes before the number is stored has left its
-            // note by now. Whichever it was, SIGTERM says the same; what is told twice counts once.
-            SERVER.store(server, SeqCst);
-            if is_ending() {
-                send(server as u32, SIGTERM);
-            }
-            Ok(Some(server as u32))
-        }
-    }
-}
-
-/// Makes this process the leader of a session of its own, without a controlling terminal, and has the
-/// kernel send it SIGTERM when its parent ends. `parent` is the parent's id; where it is another one
-/// already, SIGTERM comes at once.
-pub fn leave_parent(parent: u32) {
     const PR_SET_PDEATHSIG: c_int = 1;
-    // SAFETY: numbers alone; prctl's second argument is an unsigned long (PR_SET_PDEATHSIG(2const)).
-    unsafe {
-        setsid();
-        prctl(PR_SET_PDEATHSIG, SIGTERM as c_ulong);
+    let parent = process::id();
+    // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
+    let pid = unsafe { fork() };
+    if pid == -1 {
+        return Err(io::Error::last_os_error());
     }
-    if parent_id() != parent {
-        send(process::id(), SIGTERM);
+    if pid == 0 {
+        // SAFETY: numbers alone; prctl's second argument is an unsigned long (PR_SET_PDEATHSIG(2const)).
+        unsafe {
+            setsid();
+            prctl(PR_SET_PDEATHSIG, SIGTERM as c_ulong);
+        }
+        if parent_id() != parent {
+            // It had ended before that was asked for.
+            send(process::id(), SIGTERM);
+        }
+        return Ok(None);
     }
+    // In this order nothing is lost: a signal that comes before the number is stored has left its note by
+    // then. Whichever it was, SIGTERM says the same; what is told twice at once counts once.
+    SERVER.store(pid, SeqCst);
+    if is_ending() {
+        send(pid as u32, SIGTERM);
+    }
+    Ok(Some(pid as u32))
 }
 
 /// Sends `signal` to one process. Returns false where it is gone, or may not be signalled.
