@@ -1,8 +1,7 @@
 //! The command line, as what each room below is told.
 
-use crate::policy::{Allowed, Rules};
 use crate::refusal::{shown, words_of};
-use crate::{response::USAGE, run::Limits};
+use crate::{policy::Allowed, policy::Rules, response::USAGE, run::Limits};
 use std::{ffi::OsString, fs, net::SocketAddr, time::Duration};
 
 /// What the server is to do.

@@ -6,8 +6,7 @@
 //! line as lost and goes on.
 
 use crate::clock;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{OnceLock, mpsc::SyncSender, mpsc::sync_channel};
+use std::sync::{OnceLock, atomic::AtomicU64, atomic::Ordering::SeqCst, mpsc};
 use std::time::{Duration, Instant};
 use std::{fmt::Arguments, io, io::Write, thread};
 
@@ -28,7 +27,7 @@ struct Line {
     lost: u64,
 }
 
-static LINES: OnceLock<SyncSender<Line>> = OnceLock::new();
+static LINES: OnceLock<mpsc::SyncSender<Line>> = OnceLock::new();
 /// Lines in the queue, with the one that is being written.
 static WAITING: AtomicU64 = AtomicU64::new(0);
 /// Lines that were not written, and that no line has told of.
@@ -38,7 +37,7 @@ static TOKEN: OnceLock<String> = OnceLock::new();
 
 /// Starts the thread that writes. The token is left out of all texts.
 pub fn start(token: Option<&String>) -> io::Result<()> {
-    let (sender, lines) = sync_channel(QUEUE);
+    let (sender, lines) = mpsc::sync_channel(QUEUE);
     LINES.get_or_init(|| sender);
     if let Some(token) = token {
         TOKEN.get_or_init(|| escape(token.as_bytes()));

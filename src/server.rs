@@ -1,7 +1,6 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::run::{IS_URGENT, RUNNING};
-use crate::{config::Config, connection, log, pipes::TICK, sys};
+use crate::{config::Config, connection, log, pipes::TICK, run::IS_URGENT, run::RUNNING, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
 use std::time::{Duration, Instant};
