@@ -1,12 +1,12 @@
 //! The path of one connection: its requests and their answers, one after the other.
 
-use crate::log::{self, quoted};
+use crate::log::{self, quoted, quoted_as_sent};
 use crate::output::Stream;
 use crate::pipes::{Content, TICK, is_passing};
 use crate::policy::{CommandLine, Rules, Verdict};
 use crate::refusal::{self, Refusal, ensure};
-use crate::request::{Request, percent_decode};
-use crate::response::{CONTINUE, Context, USAGE};
+use crate::request::{Request, form_fields, percent_decode};
+use crate::response::{CONTINUE, Context, PAGE, PAGE_FIELDS, PLAIN, USAGE};
 use crate::run::{self, Client, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -58,26 +58,31 @@ struct Connection<'a> {
     input: BufReader<Input<'a>>,
 }
 
-/// What a client sends, up to a deadline and to the server's end.
+/// What a client sends, up to a deadline.
 struct Input<'a> {
     socket: &'a TcpStream,
     deadline: Instant,
 }
 
 impl Read for Input<'_> {
-    /// Fails with `TimedOut` where the deadline has passed, also for one that sends a byte now and then.
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while Instant::now() < self.deadline {
-            match self.socket.read(buffer) {
-                Err(error) if is_passing(&error) => {}
-                done => return done,
-            }
-            if sys::is_ending() {
-                return Err(ErrorKind::ConnectionAborted.into());
-            }
-        }
-        Err(ErrorKind::TimedOut.into())
+        try_until(self.deadline, || self.socket.read(buffer))
     }
+}
+
+/// Repeats a call that waits for a tick, until it has done something. Fails with `TimedOut` where the deadline
+/// has passed, also for who sends a byte now and then; otherwise at the server's end.
+fn try_until(deadline: Instant, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    while Instant::now() < deadline {
+        match call() {
+            Err(error) if is_passing(&error) => {}
+            done => return done,
+        }
+        if sys::is_ending() {
+            return Err(ErrorKind::ConnectionAborted.into());
+        }
+    }
+    Err(ErrorKind::TimedOut.into())
 }
 
 impl Connection<'_> {
@@ -89,101 +94,98 @@ impl Connection<'_> {
     /// A request and its answer. Returns whether another request may follow.
     fn exchange(&mut self) -> bool {
         let mut request = Request::default();
-        let mut form = Vec::new();
-        match self.try_exchange(&mut request, &mut form) {
+        match self.answer(&mut request) {
             Ok(goes_on) => goes_on,
             Err(refusal) if refusal == refusal::GONE => false,
-            Err(refusal) => self.refuse(&request, &form, &refusal),
+            Err(refusal) => self.refuse(&request, &refusal),
         }
     }
 
-    /// The same, where nothing is refused. `request` and `form` keep what was read.
-    fn try_exchange(&mut self, request: &mut Request, form: &mut Vec<u8>) -> Result<bool, Refusal> {
+    /// Reads a request into an empty one, and answers it, unless it is refused.
+    fn answer(&mut self, request: &mut Request) -> Result<bool, Refusal> {
         request.read(&mut self.input)?;
+        let verdict = self.rules.judge(request, self.local)?;
+        if verdict == Verdict::ReadForm {
+            self.read_form(request)?;
+        }
         let context = self.context(request);
-        let answer = match self.rules.judge(request, self.local)? {
-            Verdict::Run(command) => return self.run(&context, &command, true),
-            Verdict::ReadForm => {
-                self.read_form(request, form)?;
-                let command = self.rules.command(form)?;
-                return self.run(&context, &command, false);
-            }
-            Verdict::Page => context.page(),
-            Verdict::Usage => context.text(USAGE),
-            Verdict::Commands => context.text(&self.rules.listed()),
+        let answer = match verdict {
+            Verdict::Page if request.accepts("text/html") => context.whole(200, PAGE_FIELDS, PAGE),
+            Verdict::Page => context.whole(200, PLAIN, USAGE.as_bytes()),
+            Verdict::Commands => context.whole(200, PLAIN, self.rules.listed().as_bytes()),
             Verdict::Methods(methods) => context.methods(methods),
-            Verdict::Reconnect => context.nothing(),
-            Verdict::Head => context.stream_head(),
+            // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
+            Verdict::Reconnect => context.head(204, ""),
+            Verdict::Run(_) if request.method == "HEAD" => context.stream_head(),
+            Verdict::Run(command) => return self.run(&context, &command),
+            Verdict::ReadForm => {
+                let command = self.rules.command(form_fields(&request.form)?)?;
+                return self.run(&context, &command);
+            }
         };
         Ok(self.write(&answer) && self.goes_on(context.closes))
     }
 
     /// Reads the form that holds the command; the rules have let no long one pass.
-    fn read_form(&mut self, request: &Request, form: &mut Vec<u8>) -> Result<(), Refusal> {
+    fn read_form(&mut self, request: &mut Request) -> Result<(), Refusal> {
         if request.expects_continue() && !self.write(CONTINUE.as_bytes()) {
             return Err(refusal::GONE);
         }
         self.allow(ARRIVAL_TIME);
         let length = request.content_length;
-        (&mut self.input).take(length).read_to_end(form)?;
-        ensure(form.len() as u64 == length, refusal::CUT)
+        (&mut self.input).take(length).read_to_end(&mut request.form)?;
+        ensure(request.form.len() as u64 == length, refusal::CUT)
     }
 
-    /// Runs a command. Where `may_feed`, a POST's content is its standard input.
-    fn run(
-        &mut self,
-        context: &Context,
-        command: &CommandLine,
-        may_feed: bool,
-    ) -> Result<bool, Refusal> {
+    /// Runs a command. A POST's content is its standard input, unless it was the form.
+    fn run(&mut self, context: &Context, command: &CommandLine) -> Result<bool, Refusal> {
         let (request, length) = (context.request, context.request.content_length);
-        let is_fed = may_feed && length > 0 && request.method == "POST";
         let mut head = context.stream_head();
-        if may_feed && request.expects_continue() {
+        if request.form.is_empty() && request.expects_continue() {
             head.splice(..0, CONTINUE.bytes());
         }
         let buffered = self.input.buffer();
         let begun = &buffered[..buffered.len().min(length.try_into().unwrap_or(usize::MAX))];
         let content = Content { begun, socket: self.client.socket, length };
+        let is_fed = request.form.is_empty() && length > 0 && request.method == "POST";
         let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
-        let is_complete =
-            match run::run(command, is_fed.then_some(content), &self.client, self.limits, stream) {
-                Err(refusal) if request.wants_events() && refusal.exit_code.is_some() => {
-                    self.write(&self.failed_stream(context, &refusal))
-                }
-                done => done?,
-            };
-        Ok(is_complete && self.goes_on(context.closes))
+        let content = if is_fed { Some(content) } else { None };
+        match run::run(command, content, &self.client, self.limits, stream) {
+            Err(refusal) if request.wants_events() && refusal.status != 503 => Ok(self
+                .write(&self.failed_stream(context, &refusal))
+                && self.goes_on(context.closes)),
+            done => Ok(done? && self.goes_on(context.closes)),
+        }
     }
 
     /// The whole stream of a command that could not be started.
     fn failed_stream(&self, context: &Context, refusal: &Refusal) -> Vec<u8> {
-        let (words, code) = (refusal.words(), refusal.exit_code.unwrap_or(0));
+        // By what a shell says so (XCU 2.8.2).
+        let code = if refusal.status == 404 { 127 } else { 126 };
         let is_chunked = context.request.minor_version > 0;
         let mut stream = Stream::new(true, is_chunked, context.stream_head());
-        stream.error(&words);
+        stream.error(&refusal.words);
         stream.exit("failed", Some(ExitStatus::from_raw(code << 8)), 0);
-        let (peer, why) = (self.client.peer, quoted(words.as_bytes()));
+        let (peer, why) = (self.client.peer, quoted(refusal.words.as_bytes()));
         let outcome = format!("out=failed code={code} ms=0 stdout_bytes=0 stderr_bytes=0");
         log::line(format_args!("exit peer={peer} pid=0 {outcome} why={why}"));
         stream.unsent().to_vec()
     }
 
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
-    fn refuse(&mut self, request: &Request, form: &[u8], refusal: &Refusal) -> bool {
-        let mut context = self.context(request);
-        context.closes |= refusal.ends_connection;
-        let (status, words) = (refusal.status, refusal.words());
-        let (why, _) = words.split_once("; ").unwrap_or((&words, ""));
-        let (peer, why) = (self.client.peer, quoted(why.as_bytes()));
+    fn refuse(&mut self, request: &Request, refusal: &Refusal) -> bool {
+        let context = self.context(request);
+        let (peer, status) = (self.client.peer, refusal.status);
         let target = request.target.as_bytes();
-        let mut asked = format!("target={}", logged(target, target));
-        if !form.is_empty() {
-            let text = percent_decode(form).unwrap_or(form.to_vec());
-            let command = text.strip_prefix(b"command=").unwrap_or(&text);
-            asked += &format!(" command={}", logged(form, command));
+        let mut asked = quoted_as_sent(target, &percent_decode(target).0);
+        if !request.form.is_empty() {
+            let form = percent_decode(&request.form).0;
+            asked +=
+                &format!(" command={}", quoted(form.strip_prefix(b"command=").unwrap_or(&form)));
         }
-        log::line(format_args!("refuse peer={peer} status={status} {asked} why={why}"));
+        let (why, _) = refusal.words.split_once("; ").unwrap_or_default();
+        let why = quoted(why.as_bytes());
+        log::line(format_args!("refuse peer={peer} status={status} target={asked} why={why}"));
         self.write(&context.refusal(refusal)) && self.goes_on(context.closes)
     }
 
@@ -196,18 +198,10 @@ impl Connection<'_> {
     /// Writes an answer whole, unless the client is gone, or does not read.
     fn write(&self, mut bytes: &[u8]) -> bool {
         let mut socket = self.client.socket;
-        let mut written = Instant::now();
         while !bytes.is_empty() {
-            match socket.write(bytes) {
-                Ok(length) => {
-                    bytes = &bytes[length..];
-                    written = Instant::now();
-                }
-                Err(error) if !is_passing(&error) => return false,
-                Err(_) if sys::is_ending() || written.elapsed() >= self.limits.stall => {
-                    return false;
-                }
-                Err(_) => {}
+            match try_until(Instant::now() + self.limits.stall, || socket.write(bytes)) {
+                Ok(length) => bytes = &bytes[length..],
+                Err(_) => return false,
             }
         }
         true
@@ -221,29 +215,9 @@ impl Connection<'_> {
         if closes {
             let _ = self.client.socket.shutdown(Shutdown::Write);
             self.allow(LINGER_TIME);
-            let input = self.input.get_mut();
             let mut scratch = [0; 4096];
-            while Instant::now() < input.deadline && input.read(&mut scratch).is_ok_and(|n| n > 0) {
-            }
+            while self.input.get_mut().read(&mut scratch).is_ok_and(|length| length > 0) {}
         }
         !closes
     }
-}
-
-/// A text for the log, in its readable form; where the token hides behind escapes of what was sent, what that
-/// stands for, with the token masked. Unlike in a command, a malformed escape and a `+` stand for themselves:
-/// a token has no blank, and no part of it is to be seen beside them.
-fn logged(sent: &[u8], readable: &[u8]) -> String {
-    let (mut meant, mut rest) = (Vec::new(), sent);
-    while let Some(&byte) = rest.first() {
-        let escape = if byte == b'%' { rest.get(..3) } else { None };
-        if let Some(decoded) = escape.and_then(percent_decode) {
-            meant.extend(decoded);
-            rest = &rest[3..];
-        } else {
-            meant.push(byte);
-            rest = &rest[1..];
-        }
-    }
-    quoted(if log::has_token(&meant) { &meant } else { readable })
 }

@@ -3,17 +3,14 @@
 //! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the
 //! browser adds, which the rules look at, and it cannot know a token.
 
-use crate::log::{has_token, quoted};
 use crate::refusal::{self, Refusal, ensure, shown};
-use crate::request::{Request, form_fields};
+use crate::request::{FormFields, Request, form_fields, host_of};
 use crate::words;
 use std::{hint::black_box, net::IpAddr};
 
 const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
 const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
 const LARGEST_FORM: u64 = 64 << 10;
-/// Query fields by which polyfills of `EventSource` say what `Last-Event-ID` says.
-const RECONNECT_FIELDS: [&[u8]; 2] = [b"lastEventId", b"evs_last_event_id"];
 
 /// What the options say about callers and commands.
 #[derive(Default)]
@@ -40,27 +37,16 @@ pub struct CommandLine {
     pub words: Vec<Vec<u8>>,
 }
 
-impl CommandLine {
-    /// As the log has it: as it was asked for, unless quotes and backslashes could hide the token.
-    pub fn logged(&self) -> String {
-        let joined = self.words.join(&b' ');
-        quoted(if has_token(&joined) { &joined } else { &self.text })
-    }
-}
-
 /// What is to be done about a request.
 #[derive(Debug, PartialEq)]
 pub enum Verdict {
     Page,
-    Usage,
     /// The list of what may run.
     Commands,
     /// The methods of the path.
     Methods(&'static str),
     /// Nothing: an event stream that has ended is asked for once more.
     Reconnect,
-    /// The head that a run would have.
-    Head,
     Run(CommandLine),
     /// To read the form that holds the command, which [`Rules::command`] judges.
     ReadForm,
@@ -82,39 +68,39 @@ impl Rules {
             "/run" => RUN_METHODS,
             _ => return Err(refusal::NO_PATH),
         };
-        match (method, path) {
-            ("OPTIONS", _) => return Ok(Verdict::Methods(methods)),
-            ("GET" | "HEAD", _) | ("POST", "/run") => {}
-            ("POST", _) => return Err(refusal::METHOD.about(methods)),
+        match method {
+            "OPTIONS" => return Ok(Verdict::Methods(methods)),
+            "POST" => ensure(path == "/run", refusal::METHOD.about(PAGE_METHODS))?,
+            "GET" | "HEAD" => {}
             _ => return Err(refusal::NO_METHOD.about(&shown(method.as_bytes()))),
         }
         if path == "/" {
-            let is_browser = request.accepts("text/html");
-            return Ok(if is_browser { Verdict::Page } else { Verdict::Usage });
+            return Ok(Verdict::Page);
         }
         self.check_token(request)?;
         if path == "/commands" {
             return Ok(Verdict::Commands);
         }
-        if is_reconnect(request, query) {
+        let fields = form_fields(query)?;
+        if is_reconnect(request, &fields) {
             return Ok(Verdict::Reconnect);
         }
-        if method == "POST" && !has_command(query) {
+        if method == "POST" && fields.iter().all(|(name, _)| is_of_reconnect(name)) {
             check_form(request)?;
             return Ok(Verdict::ReadForm);
         }
-        let command = self.command(query)?;
-        Ok(if method == "HEAD" { Verdict::Head } else { Verdict::Run(command) })
+        self.command(fields).map(Verdict::Run)
     }
 
-    /// The one `command` in a query or form, if it may run.
-    pub fn command(&self, form: &[u8]) -> Result<CommandLine, Refusal> {
+    /// The one `command` of a query or form, if it may run.
+    pub fn command(&self, fields: FormFields) -> Result<CommandLine, Refusal> {
         let mut command = None;
-        for (name, value) in form_fields(form).ok_or(refusal::ESCAPE)? {
-            if name == b"command" {
+        for (name, value) in fields {
+            if name == "command" {
                 ensure(command.replace(value).is_none(), refusal::TWO)?;
-            } else if !RECONNECT_FIELDS.contains(&&name[..]) {
-                return Err(refusal::OTHER_FIELD.about(&shown(&name)));
+            } else if !is_of_reconnect(&name) {
+                let name = format!("{:?}", shown(name.as_bytes()));
+                return Err(refusal::OTHER_FIELD.about(&name));
             }
         }
         let text = command.ok_or(refusal::NO_COMMAND)?;
@@ -130,49 +116,42 @@ impl Rules {
     }
 
     /// The foreign origin whose page may read the answer, if the request comes from one.
-    pub fn foreign_origin(&self, request: &Request) -> Option<String> {
-        match request.values("origin")[..] {
-            [origin] if !is_own(origin, request) && self.admits(origin) => Some(origin.to_string()),
-            _ => None,
-        }
+    pub fn foreign_origin<'r>(&self, request: &'r Request) -> Option<&'r str> {
+        let origin = request.field("origin")?;
+        if self.admits(origin) && !is_own(origin, request) { Some(origin) } else { None }
     }
 
     /// Rule 1: `Host` can only mean this server. It stops DNS rebinding, where another site's name is made
     /// to resolve to this host's address.
     fn check_host(&self, request: &Request, local: IpAddr) -> Result<(), Refusal> {
         // HTTP/1.0 may have none.
-        let Some(&authority) = request.values("host").first() else {
+        let Some(host) = request.field("host").and_then(host_of) else {
             return Ok(());
         };
-        let name = host_name(authority).ok_or(refusal::HOST)?;
-        let localhost = if local.is_loopback() { " or localhost" } else { "" };
-        let names = format!("{local}{localhost}");
-        ensure(self.token.is_some() || means_here(&name, local), refusal::MISDIRECTED.about(&names))
+        let is_good = self.token.is_some() || means_here(&host, local);
+        ensure(is_good, refusal::MISDIRECTED.about(&local.to_string()))
     }
 
     /// Rules 2 to 4, which tell another site's page from everybody else.
     fn check_browser(&self, request: &Request, path: &str) -> Result<(), Refusal> {
-        match request.values("origin")[..] {
-            [] => {}
-            [origin] if is_own(origin, request) || self.admits(origin) => return Ok(()),
-            [origin, ..] => return Err(refusal::ORIGIN.about(&shown(origin.as_bytes()))),
+        if let Some(origin) = request.field("origin") {
+            let is_good = is_own(origin, request) || self.admits(origin);
+            return ensure(is_good, refusal::ORIGIN.about(&shown(origin.as_bytes())));
         }
         let is_guarded = matches!(path, "/run" | "/commands");
-        let navigates = request.values("sec-fetch-mode").contains(&"navigate");
+        let navigates = request.field("sec-fetch-mode") == Some("navigate");
         ensure(!is_guarded || !navigates, refusal::LINK)?;
-        let sites = request.values("sec-fetch-site");
-        let is_own = sites.iter().all(|site| matches!(*site, "same-origin" | "none"));
-        ensure(is_own, refusal::OTHER_SITE)?;
-        let agents = request.values("user-agent");
-        let is_browser = agents.iter().any(|agent| agent.starts_with("Mozilla/"));
-        let is_known = !is_browser || !sites.is_empty() || self.token.is_some();
+        if let Some(site) = request.field("sec-fetch-site") {
+            return ensure(matches!(site, "same-origin" | "none"), refusal::OTHER_SITE);
+        }
+        let agent = request.field("user-agent").unwrap_or_default();
+        let is_known = !agent.starts_with("Mozilla/") || self.token.is_some();
         ensure(!is_guarded || is_known, refusal::BROWSER)
     }
 
     /// Whether `--allow-origin` has it. The opaque origin `null` could be anybody's.
     fn admits(&self, origin: &str) -> bool {
-        let is_origin =
-            origin.contains("://") && origin.bytes().all(|byte| byte.is_ascii_graphic());
+        let is_origin = origin.contains("://") && !origin.contains(' ');
         is_origin && self.origins.iter().any(|listed| listed == origin || listed == "*")
     }
 
@@ -181,8 +160,7 @@ impl Rules {
         let Some(token) = &self.token else {
             return Ok(());
         };
-        // Two of them are no token: what they make together has a blank in it.
-        let credentials = request.values("authorization").join(" ");
+        let credentials = request.field("authorization").unwrap_or_default();
         let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
         let is_same = equals_in_constant_time(token, given.trim_start_matches(' '));
         ensure(is_same && scheme.eq_ignore_ascii_case("bearer"), refusal::TOKEN)
@@ -211,34 +189,27 @@ impl Allowed {
 
 /// Whether the origin is this server's own, by the name that the request has for it.
 fn is_own(origin: &str, request: &Request) -> bool {
-    let hosts = request.values("host");
-    !hosts.is_empty() && origin.strip_prefix("http://") == Some(hosts[0])
+    let host = origin.strip_prefix("http://");
+    host.is_some() && host == request.field("host")
+}
+
+/// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
+fn is_of_reconnect(name: &str) -> bool {
+    matches!(name, "lastEventId" | "evs_last_event_id")
 }
 
 /// Whether the request asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill,
 /// or, as wget has it, the rest of an answer that broke off.
-fn is_reconnect(request: &Request, query: &[u8]) -> bool {
-    let mut ids = request.values("last-event-id").join("").into_bytes();
-    for (name, value) in form_fields(query).unwrap_or_default() {
-        if RECONNECT_FIELDS.contains(&&name[..]) {
-            ids.extend(value);
-        }
-    }
-    !ids.is_empty() || !request.values("range").is_empty()
-}
-
-/// Whether the query has anything but the fields of a reconnect, right or wrong: then the command is there.
-fn has_command(query: &[u8]) -> bool {
-    let Some(fields) = form_fields(query) else {
-        return true;
-    };
-    !fields.iter().all(|(name, _)| RECONNECT_FIELDS.contains(&&name[..]))
+fn is_reconnect(request: &Request, query: &FormFields) -> bool {
+    let has_id = request.field("last-event-id").is_some_and(|id| !id.is_empty());
+    let has_polyfill_s = query.iter().any(|(name, id)| is_of_reconnect(name) && !id.is_empty());
+    has_id || has_polyfill_s || request.field("range").is_some()
 }
 
 /// Whether the content can be the form that holds the command.
 fn check_form(request: &Request) -> Result<(), Refusal> {
     ensure(request.content_length > 0, refusal::NO_COMMAND)?;
-    for value in request.values("content-type") {
+    if let Some(value) = request.field("content-type") {
         let media_type = value.split(';').next().unwrap_or_default().trim();
         let is_form = media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded");
         ensure(is_form, refusal::NO_FORM.about(&shown(media_type.as_bytes())))?;
@@ -256,34 +227,14 @@ fn equals_in_constant_time(token: &str, given: &str) -> bool {
     differences == 0 && token.len() == given.len()
 }
 
-/// The host of `host[:port]`, lower case; none where RFC 3986 section 3.2.2 does not have it.
-fn host_name(authority: &str) -> Option<String> {
-    let (host, port) = match authority.rsplit_once(':') {
-        // A colon inside of [ ] belongs to the address.
-        Some((host, port)) if !port.ends_with(']') => (host, port),
-        _ => (authority, ""),
-    };
-    let literal = in_brackets(host);
-    let in_name = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=".contains(c);
-    let is_good = |c: char| in_name(c) || (literal.is_some() && c == ':');
-    let text = literal.unwrap_or(host);
-    let is_host = !text.is_empty() && text.chars().all(is_good);
-    let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
-    if is_host && is_port { Some(host.to_ascii_lowercase()) } else { None }
-}
-
 /// Whole names and parsed addresses are compared, never beginnings or ends: `127.0.0.1.evil.test` is
 /// somebody else's.
-fn means_here(name: &str, local: IpAddr) -> bool {
-    if let Ok(address) = in_brackets(name).unwrap_or(name).parse::<IpAddr>() {
+fn means_here(host: &str, local: IpAddr) -> bool {
+    if let Ok(address) = host.parse::<IpAddr>() {
         return address.to_canonical() == local;
     }
-    let name = name.strip_suffix('.').unwrap_or(name);
+    let name = host.strip_suffix('.').unwrap_or(host);
     local.is_loopback() && (name == "localhost" || name.ends_with(".localhost"))
-}
-
-fn in_brackets(host: &str) -> Option<&str> {
-    host.strip_prefix('[')?.strip_suffix(']')
 }
 
 #[cfg(test)]
@@ -329,30 +280,6 @@ mod tests {
             [("abc", true), ("abd", false), ("ab", false), ("abcd", false), ("", false)]
         {
             assert_eq!(equals_in_constant_time("abc", given), expected, "{given}");
-        }
-    }
-
-    #[test]
-    fn host_names() {
-        let table = [
-            ("a.b:1", Some("a.b")),
-            ("A", Some("a")),
-            ("a:", Some("a")),
-            ("[::1]", Some("[::1]")),
-            ("[::1]:80", Some("[::1]")),
-            ("", None),
-            (":80", None),
-            ("::1", None),
-            ("[::1", None),
-            ("[::1]x", None),
-            ("[]", None),
-            ("a:b", None),
-            ("a b", None),
-            ("a/b", None),
-            ("a@b", None),
-        ];
-        for (authority, expected) in table {
-            assert_eq!(host_name(authority).as_deref(), expected, "{authority}");
         }
     }
 }

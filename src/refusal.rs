@@ -1,59 +1,34 @@
 //! Every reason not to run a command, and the one place where a reason becomes a status (RFC 9110 section
 //! 15) and words. Who reads the words knows what was expected, and how to get there.
 
-use std::io::{Error, ErrorKind};
+use std::{borrow::Cow, io::Error, io::ErrorKind};
 
 /// Why a request is refused: one of the constants below.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refusal {
     pub status: u16,
-    /// In one line what is wrong, a semicolon, what was expected and how to get there. For each `{}` stands
-    /// what it is about.
-    words: &'static str,
-    about: String,
-    /// Nothing that follows on the connection could be understood.
-    pub ends_connection: bool,
-    /// By what exit status a shell says so (XCU 2.8.2), where a command cannot be started: 127 where there
-    /// is no such program, 126 where it cannot be run.
-    pub exit_code: Option<i32>,
+    /// In one line what is wrong, a semicolon, what was expected and how to get there.
+    pub words: Cow<'static, str>,
 }
 
-/// Understood, but not to be done.
+/// `{}` in the words is for [`Refusal::about`].
 const fn refuse(status: u16, words: &'static str) -> Refusal {
-    Refusal { status, words, about: String::new(), ends_connection: false, exit_code: None }
-}
-
-/// Not by the grammar, or not all there: where the next request would begin is unknown.
-const fn break_off(status: u16, words: &'static str) -> Refusal {
-    Refusal { status, words, about: String::new(), ends_connection: true, exit_code: None }
+    Refusal { status, words: Cow::Borrowed(words) }
 }
 
 /// Nobody is there to be told: the connection ended or failed, or no request has begun.
-pub const GONE: Refusal = break_off(0, "");
+pub const GONE: Refusal = refuse(0, "");
 
-pub const LINE: Refusal = break_off(400, "malformed request line; send METHOD /path HTTP/1.1");
-pub const LINE_END: Refusal = break_off(400, "bare CR or LF; end each line of the head with CRLF");
-pub const FIELD: Refusal = break_off(400, "malformed field; send Name: value");
-pub const CUT: Refusal = break_off(400, "request breaks off; send all of it");
-pub const LENGTH: Refusal = break_off(400, "malformed Content-Length; send one number of bytes");
-pub const HOST: Refusal = break_off(400, "no good Host; send one NAME, NAME:PORT or [IPv6]:PORT");
-pub const LATE: Refusal =
-    break_off(408, "request did not arrive in time; head and form have 5 s each");
-pub const NO_LENGTH: Refusal = break_off(
-    411,
-    "content without a length; send Content-Length instead of Transfer-Encoding: \
-    curl --data-binary @- does, curl -T - does not",
-);
-pub const LONG_LINE: Refusal =
-    break_off(414, "request line over 8 KiB; send a long command as a form");
-pub const LONG_HEAD: Refusal = break_off(431, "head over 16 KiB or 100 fields; send fewer");
-pub const VERSION: Refusal = break_off(505, "HTTP version is not 1.x; send HTTP/1.1");
-
+pub const LINE: Refusal = refuse(400, "malformed request line; send METHOD /path HTTP/1.1");
+pub const LINE_END: Refusal = refuse(400, "bare CR or LF; end each line of the head with CRLF");
+pub const FIELD: Refusal = refuse(400, "malformed field; send Name: value");
+pub const CUT: Refusal = refuse(400, "request breaks off; send all of it");
+pub const LENGTH: Refusal = refuse(400, "malformed Content-Length; send one number of bytes");
+pub const HOST: Refusal = refuse(400, "no good Host; send one NAME, NAME:PORT or [IPv6]:PORT");
 pub const NO_COMMAND: Refusal = refuse(
     400,
     "no command; send /run?command=ls, or a form: curl -N --data-urlencode 'command=ls -l'",
 );
-pub const EMPTY: Refusal = refuse(400, "command is empty; name a program: command=ls");
 pub const TWO: Refusal = refuse(400, "more than one command; send one at a time");
 pub const ESCAPE: Refusal = refuse(400, "malformed percent-escape; a % itself is sent as %25");
 pub const OTHER_FIELD: Refusal = refuse(
@@ -62,10 +37,7 @@ pub const OTHER_FIELD: Refusal = refuse(
     curl --data-urlencode 'command=…'",
 );
 pub const NUL: Refusal = refuse(400, "command has a NUL; no argument can hold one");
-pub const SINGLE_QUOTE: Refusal =
-    refuse(400, "command has an unclosed single quote; close it with '");
-pub const DOUBLE_QUOTE: Refusal =
-    refuse(400, "command has an unclosed double quote; close it with \"");
+pub const QUOTE: Refusal = refuse(400, "command has an unclosed quote; close it with {}");
 pub const TOKEN: Refusal =
     refuse(401, "token missing or wrong; send the field Authorization: Bearer TOKEN");
 pub const ORIGIN: Refusal =
@@ -79,7 +51,16 @@ pub const BROWSER: Refusal =
 pub const NOT_ALLOWED: Refusal = refuse(403, "command not allowed; GET /commands lists what is");
 pub const NO_PATH: Refusal = refuse(404, "no such path; there are /, /run and /commands");
 pub const METHOD: Refusal = refuse(405, "method not for this path; it has {}");
+pub const LATE: Refusal =
+    refuse(408, "request did not arrive in time; head and form have 5 s each");
+pub const NO_LENGTH: Refusal = refuse(
+    411,
+    "content without a length; send Content-Length instead of Transfer-Encoding: \
+    curl --data-binary @- does, curl -T - does not",
+);
 pub const LONG_FORM: Refusal = refuse(413, "form over 64 KiB; send what is long as standard input");
+pub const LONG_LINE: Refusal =
+    refuse(414, "request line over 8 KiB; send a long command as a form");
 pub const NO_FORM: Refusal = refuse(
     415,
     "content is no form but {}; send the command by curl --data-urlencode 'command=ls -l'",
@@ -87,11 +68,13 @@ pub const NO_FORM: Refusal = refuse(
 pub const EXPECT: Refusal = refuse(417, "Expect is not 100-continue; leave it out");
 pub const MISDIRECTED: Refusal =
     refuse(421, "Host is not this address; it is {}, and with a token any name");
+pub const LONG_HEAD: Refusal = refuse(431, "head over 16 KiB or 100 fields; send fewer");
 pub const NO_METHOD: Refusal = refuse(
     501,
     "method not implemented; instead of {} send GET, or POST: curl --data-binary @FILE",
 );
 pub const BUSY: Refusal = refuse(503, "no {} to be had; try again in a moment");
+pub const VERSION: Refusal = refuse(505, "HTTP version is not 1.x; send HTTP/1.1");
 
 /// The longest piece of what a client sent that it is shown again.
 const LONGEST_SHOWN: usize = 200;
@@ -102,19 +85,8 @@ const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eva
 
 impl Refusal {
     /// With what it is about.
-    pub fn about(mut self, about: &str) -> Refusal {
-        self.about = about.to_string();
-        self
-    }
-
-    /// For whom was refused: what is wrong, a semicolon, what was expected and how to get there.
-    pub fn words(&self) -> String {
-        self.words.replace("{}", &self.about)
-    }
-
-    /// What the words are about.
-    pub fn topic(&self) -> &str {
-        &self.about
+    pub fn about(&self, about: &str) -> Refusal {
+        Refusal { status: self.status, words: self.words.replace("{}", about).into() }
     }
 }
 
@@ -128,14 +100,12 @@ pub fn no_program(name: &str) -> Refusal {
         "it is not on the server's PATH"
     };
     let hint = format!("{reason}, and no shell is started: sh -c '{name} …'");
-    let refusal = refuse(404, "{}").about(&format!("{name}: no such program; {hint}"));
-    Refusal { exit_code: Some(127), ..refusal }
+    refuse(404, "{}").about(&format!("{name}: no such program; {hint}"))
 }
 
 /// The program is there, but cannot be run.
 pub fn cannot_run(name: &str, why: &str) -> Refusal {
-    let refusal = refuse(403, "{}").about(&format!("{name}: cannot be run; {why}"));
-    Refusal { exit_code: Some(126), ..refusal }
+    refuse(403, "{}").about(&format!("{name}: cannot be run; {why}"))
 }
 
 impl From<Error> for Refusal {
@@ -150,17 +120,11 @@ pub fn ensure(is_so: bool, refusal: Refusal) -> Result<(), Refusal> {
     if is_so { Ok(()) } else { Err(refusal) }
 }
 
-/// What a client sent, as it can be shown in a line: controls escaped, cut where it is long.
+/// What a client sent, as it can be shown in a line: without controls, and cut where it is long.
 pub fn shown(bytes: &[u8]) -> String {
-    let mut shown = String::new();
-    for character in String::from_utf8_lossy(bytes).chars().take(LONGEST_SHOWN) {
-        if character.is_control() {
-            shown.extend(character.escape_default());
-        } else {
-            shown.push(character);
-        }
-    }
-    shown
+    let text = String::from_utf8_lossy(bytes);
+    let as_shown = |c: char| if c.is_control() { '\u{fffd}' } else { c };
+    text.chars().take(LONGEST_SHOWN).map(as_shown).collect()
 }
 
 /// The system's words for an error, without the number that std puts behind them.
@@ -177,11 +141,11 @@ mod tests {
     #[test]
     fn what_is_told_is_one_line_in_two_parts() {
         let name = shown(b"a\r\nb\x1b[31m\xff");
-        let about = [MISDIRECTED, ORIGIN, METHOD, NO_METHOD, NO_FORM, OTHER_FIELD, BUSY];
-        let mut refusals: Vec<_> = about.into_iter().map(|refusal| refusal.about(&name)).collect();
+        let about = [MISDIRECTED, ORIGIN, METHOD, NO_METHOD, NO_FORM, OTHER_FIELD, QUOTE, BUSY];
+        let mut refusals: Vec<_> = about.iter().map(|refusal| refusal.about(&name)).collect();
         refusals.extend([no_program(&name), cannot_run(&name, "why"), NO_LENGTH, TOKEN, LATE]);
         for refusal in refusals {
-            let words = refusal.words();
+            let words = refusal.words;
             assert!((400..600).contains(&refusal.status), "{words}");
             assert!(words.contains("; ") && !words.contains("{}"), "{words}");
             assert!(!words.chars().any(char::is_control), "{words}");
@@ -190,9 +154,9 @@ mod tests {
 
     #[test]
     fn words_of_the_shell_are_told_as_such() {
-        assert!(no_program("cd").words().starts_with("cd: no such program; it is a word of"));
-        assert!(!no_program("nonesuch").words().contains("word of the shell"));
-        assert!(no_program("/x/y").words().contains("interpreter"));
+        assert!(no_program("cd").words.starts_with("cd: no such program; it is a word of"));
+        assert!(!no_program("nonesuch").words.contains("word of the shell"));
+        assert!(no_program("/x/y").words.contains("interpreter"));
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //! since two programs that mend a message in different ways are how requests are smuggled.
 
 use crate::refusal::{self, Refusal, ensure};
-use std::io::{BufRead, Read};
+use std::collections::BTreeMap;
+use std::io::{BufRead, Read, Take};
+use std::net::Ipv6Addr;
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
 const LONGEST_LINE: usize = 8 << 10;
@@ -14,7 +16,7 @@ const LONGEST_CONTENT: u64 = i64::MAX as u64;
 /// Optional whitespace (RFC 9110 section 5.6.3).
 const OWS: [char; 2] = [' ', '\t'];
 
-/// What was sent: the request line and the fields, and nothing that was decided about them.
+/// What was sent, and nothing that was decided about it.
 #[derive(Default)]
 pub struct Request {
     pub method: String,
@@ -24,9 +26,13 @@ pub struct Request {
     pub minor_version: u8,
     /// Bytes of content that follow the head.
     pub content_length: u64,
+    /// The head has arrived whole and was understood, so it is known where the next request begins.
+    is_understood: bool,
+    /// The content, where it was read since it holds the command.
+    pub form: Vec<u8>,
     /// Names in lower case, values without the whitespace around them. A byte is a character: bytes beyond
     /// ASCII are not decoded.
-    fields: Vec<(String, String)>,
+    fields: BTreeMap<String, String>,
 }
 
 impl Request {
@@ -37,24 +43,23 @@ impl Request {
             Ok(begun) if !begun.is_empty() => {}
             _ => return Err(refusal::GONE),
         }
-        let mut line = read_line(input, LONGEST_LINE, refusal::LONG_LINE)?;
+        let mut line = read_line(&mut limit(input, LONGEST_LINE + 2), refusal::LONG_LINE)?;
         if line.is_empty() {
-            line = read_line(input, LONGEST_LINE, refusal::LONG_LINE)?;
+            line = read_line(&mut limit(input, LONGEST_LINE + 2), refusal::LONG_LINE)?;
         }
         self.parse_line(&line)?;
-        // The two line ends that are always there: the request line's, and the empty line.
-        let mut room = LONGEST_HEAD - line.len() - 4;
-        loop {
-            let line = read_line(input, room, refusal::LONG_HEAD)?;
+        let mut rest = limit(input, LONGEST_HEAD - line.len() - 2);
+        // The empty line is one more.
+        for _ in 0..=MOST_FIELDS {
+            let line = read_line(&mut rest, refusal::LONG_HEAD)?;
             if line.is_empty() {
-                break;
+                self.check_framing()?;
+                self.is_understood = true;
+                return Ok(());
             }
-            ensure(self.fields.len() < MOST_FIELDS, refusal::LONG_HEAD)?;
-            room = room.checked_sub(line.len() + 2).ok_or(refusal::LONG_HEAD)?;
-            self.fields.push(parse_field(&line)?);
+            self.parse_field(&line)?;
         }
-        self.check_framing()?;
-        Ok(())
+        Err(refusal::LONG_HEAD)
     }
 
     /// The target's path, and its query as bytes, both as sent.
@@ -63,15 +68,15 @@ impl Request {
         (path, query.as_bytes())
     }
 
-    /// The values of every field of that name, given in lower case, in order.
-    pub fn values(&self, name: &str) -> Vec<&str> {
-        let named = self.fields.iter().filter(|field| field.0 == name);
-        named.map(|field| field.1.as_str()).collect()
+    /// The value of the field of that name, given in lower case. Several fields of one name are one that has
+    /// a list (RFC 9110 section 5.3), so that no second one escapes a comparison.
+    pub fn field(&self, name: &str) -> Option<&str> {
+        self.fields.get(name).map(String::as_str)
     }
 
     /// The elements of a list field (RFC 9110 section 5.6.1), in lower case.
     pub fn elements(&self, name: &str) -> Vec<String> {
-        let list = self.values(name).join(",").to_ascii_lowercase();
+        let list = self.field(name).unwrap_or_default().to_ascii_lowercase();
         list.split(',').map(|element| element.trim_matches(OWS).to_string()).collect()
     }
 
@@ -79,9 +84,9 @@ impl Request {
     pub fn accepts(&self, media_type: &str) -> bool {
         let names = |element: &String| {
             let mut parts = element.split(';').map(|part| part.trim_matches(OWS));
-            let is_it = parts.next() == Some(media_type);
+            let is_named = parts.next() == Some(media_type);
             let weight = parts.find_map(|part| part.strip_prefix("q=")).unwrap_or("1");
-            is_it && weight.contains(|digit| matches!(digit, '1'..='9'))
+            is_named && weight.contains(|digit| matches!(digit, '1'..='9'))
         };
         self.elements("accept").iter().any(names)
     }
@@ -94,15 +99,14 @@ impl Request {
 
     /// Whether the client waits to be told before it sends its content (RFC 9110 section 10.1.1).
     pub fn expects_continue(&self) -> bool {
-        let has_content = self.content_length > 0;
-        has_content && self.minor_version > 0 && !self.values("expect").is_empty()
+        self.content_length > 0 && self.minor_version > 0 && self.field("expect").is_some()
     }
 
     /// Whether the connection ends with the answer: after content where a message ends could be a matter of
     /// opinion, and a next request smuggled.
     pub fn ends_connection(&self) -> bool {
         let closes = self.elements("connection").iter().any(|element| element == "close");
-        closes || self.minor_version == 0 || self.content_length > 0
+        closes || self.minor_version == 0 || self.content_length > 0 || !self.is_understood
     }
 
     /// RFC 9112 section 3; of the targets only a path.
@@ -123,59 +127,55 @@ impl Request {
         Ok(())
     }
 
-    /// How the content is delimited, if there is any (RFC 9112 section 6), what the client expects, and that
-    /// it says which host it means.
-    fn check_framing(&mut self) -> Result<(), Refusal> {
-        ensure(self.values("transfer-encoding").is_empty(), refusal::NO_LENGTH)?;
-        self.content_length = match self.values("content-length")[..] {
-            [] => 0,
-            [length] if is_digits(length) => length.parse().map_err(|_| refusal::LENGTH)?,
-            _ => return Err(refusal::LENGTH),
-        };
-        ensure(self.content_length <= LONGEST_CONTENT, refusal::LENGTH)?;
-        let is_old = self.minor_version == 0;
-        let expectations = self.elements("expect");
-        let is_met = |element: &String| element.is_empty() || element == "100-continue";
-        ensure(is_old || expectations.iter().all(is_met), refusal::EXPECT)?;
-        match self.values("host").len() {
-            0 if is_old => Ok(()),
-            1 => Ok(()),
-            _ => Err(refusal::HOST),
+    /// RFC 9112 section 5: no space before the colon, no line folding, no controls but the tab.
+    fn parse_field(&mut self, line: &[u8]) -> Result<(), Refusal> {
+        let line: String = line.iter().map(|&byte| char::from(byte)).collect();
+        let (name, value) = line.split_once(':').ok_or(refusal::FIELD)?;
+        let is_control = |character: char| character.is_ascii_control() && character != '\t';
+        ensure(is_token(name) && !value.contains(is_control), refusal::FIELD)?;
+        let (name, value) = (name.to_ascii_lowercase(), value.trim_matches(OWS));
+        match self.fields.get_mut(&name) {
+            Some(first) => *first += &format!(", {value}"),
+            None => _ = self.fields.insert(name, value.to_string()),
         }
+        Ok(())
+    }
+
+    /// How the content is delimited, if there is any (RFC 9112 section 6), what the client expects, and which
+    /// host it means.
+    fn check_framing(&mut self) -> Result<(), Refusal> {
+        ensure(self.field("transfer-encoding").is_none(), refusal::NO_LENGTH)?;
+        if let Some(length) = self.field("content-length") {
+            // std would take a sign.
+            ensure(length.bytes().all(|byte| byte.is_ascii_digit()), refusal::LENGTH)?;
+            self.content_length = length.parse().map_err(|_| refusal::LENGTH)?;
+        }
+        ensure(self.content_length <= LONGEST_CONTENT, refusal::LENGTH)?;
+        let is_met = |element: &String| element.is_empty() || element == "100-continue";
+        let are_met = self.elements("expect").iter().all(is_met);
+        ensure(are_met || self.minor_version == 0, refusal::EXPECT)?;
+        let is_good = match self.field("host") {
+            Some(host) => host_of(host).is_some(),
+            None => self.minor_version == 0,
+        };
+        ensure(is_good, refusal::HOST)
     }
 }
 
-/// A line without its CRLF; `too_long` where it has more than `limit` bytes.
-fn read_line(
-    input: &mut impl BufRead,
-    limit: usize,
-    too_long: Refusal,
-) -> Result<Vec<u8>, Refusal> {
+/// No more of the input than so many bytes.
+fn limit<R: BufRead>(input: &mut R, bytes: usize) -> Take<&mut R> {
+    input.take(bytes as u64)
+}
+
+/// A line without its CRLF; `too_long` where it goes on behind the input's limit.
+fn read_line(input: &mut Take<impl BufRead>, too_long: Refusal) -> Result<Vec<u8>, Refusal> {
     let mut line = Vec::new();
-    let longest = limit + 2;
-    input.take(longest as u64).read_until(b'\n', &mut line)?;
+    input.read_until(b'\n', &mut line)?;
     if line.pop() != Some(b'\n') {
-        let is_cut = line.len() + 1 < longest;
-        return Err(if is_cut { refusal::CUT } else { too_long });
+        return Err(if input.limit() == 0 { too_long } else { refusal::CUT });
     }
-    if line.pop() != Some(b'\r') || line.contains(&b'\r') {
-        return Err(refusal::LINE_END);
-    }
+    ensure(line.pop() == Some(b'\r') && !line.contains(&b'\r'), refusal::LINE_END)?;
     Ok(line)
-}
-
-/// A field line (RFC 9112 section 5): no space before the colon, no line folding, no controls but the tab.
-fn parse_field(line: &[u8]) -> Result<(String, String), Refusal> {
-    let text: String = line.iter().map(|&byte| char::from(byte)).collect();
-    let (name, value) = text.split_once(':').ok_or(refusal::FIELD)?;
-    let is_control = |character: char| character.is_ascii_control() && character != '\t';
-    ensure(is_token(name) && !value.contains(is_control), refusal::FIELD)?;
-    let value = value.trim_matches(OWS).to_string();
-    Ok((name.to_ascii_lowercase(), value))
-}
-
-fn is_digits(text: &str) -> bool {
-    !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// RFC 9110 section 5.6.2.
@@ -184,32 +184,58 @@ fn is_token(text: &str) -> bool {
     !text.is_empty() && text.chars().all(is_good)
 }
 
-/// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1):
-/// names and values, decoded. What stands between two `&` is a field, even nothing. `None` where a
-/// percent-escape is malformed.
-pub fn form_fields(form: &[u8]) -> Option<Vec<(Vec<u8>, Vec<u8>)>> {
-    let mut fields = Vec::new();
-    for field in form.split(|&byte| byte == b'&') {
-        let mut halves = field.splitn(2, |&byte| byte == b'=');
-        let mut half = || percent_decode(halves.next().unwrap_or_default());
-        fields.push((half()?, half()?));
-    }
-    if form.is_empty() { Some(Vec::new()) } else { Some(fields) }
+/// The name or address in `host[:port]`, in lower case and without the brackets of an IPv6 address; none
+/// where RFC 3986 section 3.2.2 does not have it.
+pub fn host_of(authority: &str) -> Option<String> {
+    let (host, port) = match authority.rsplit_once(':') {
+        // A colon inside of [ ] belongs to the address.
+        Some((host, port)) if !port.ends_with(']') => (host, port),
+        _ => (authority, ""),
+    };
+    let literal = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let in_name = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=".contains(c);
+    let is_host = match literal {
+        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
+        None => !host.is_empty() && host.chars().all(in_name),
+    };
+    let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
+    if is_host && is_port { Some(literal.unwrap_or(host).to_ascii_lowercase()) } else { None }
 }
 
-/// A `+` is a space. `None` where a percent-escape is malformed.
-pub fn percent_decode(text: &[u8]) -> Option<Vec<u8>> {
-    let mut decoded = Vec::with_capacity(text.len());
-    let mut bytes = text.iter();
-    while let Some(&byte) = bytes.next() {
-        let mut digit = || char::from(*bytes.next()?).to_digit(16);
-        decoded.push(match byte {
-            b'+' => b' ',
-            b'%' => (digit()? << 4 | digit()?) as u8,
-            other => other,
-        });
+/// Names and values, decoded.
+pub type FormFields = Vec<(String, Vec<u8>)>;
+
+/// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1). What
+/// stands between two `&` is a field, even nothing.
+pub fn form_fields(form: &[u8]) -> Result<FormFields, Refusal> {
+    let mut fields = Vec::new();
+    for field in form.split(|&byte| byte == b'&') {
+        let with_spaces = |&byte: &u8| if byte == b'+' { b' ' } else { byte };
+        let field: Vec<u8> = field.iter().map(with_spaces).collect();
+        let mut halves = field.splitn(2, |&byte| byte == b'=');
+        let (name, is_good) = percent_decode(halves.next().unwrap_or_default());
+        let (value, is_value_good) = percent_decode(halves.next().unwrap_or_default());
+        ensure(is_good && is_value_good, refusal::ESCAPE)?;
+        fields.push((String::from_utf8_lossy(&name).to_string(), value));
     }
-    Some(decoded)
+    Ok(if form.is_empty() { Vec::new() } else { fields })
+}
+
+/// Decodes percent-escapes. A malformed one stands for itself; returns also whether there was none.
+pub fn percent_decode(text: &[u8]) -> (Vec<u8>, bool) {
+    let (mut decoded, mut is_good, mut place) = (Vec::new(), true, 0);
+    while let Some(&byte) = text.get(place) {
+        let digit = |offset| char::from(*text.get(place + offset)?).to_digit(16);
+        if let (b'%', Some(high), Some(low)) = (byte, digit(1), digit(2)) {
+            decoded.push((high << 4 | low) as u8);
+            place += 3;
+        } else {
+            is_good &= byte != b'%';
+            decoded.push(byte);
+            place += 1;
+        }
+    }
+    (decoded, is_good)
 }
 
 #[cfg(test)]

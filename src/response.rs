@@ -6,12 +6,12 @@ pub const CONTINUE: &str = "HTTP/1.1 100 Continue\r\n\r\n";
 
 /// The text of `--help`.
 pub const USAGE: &str = include_str!("usage.txt");
-const PAGE: &[u8] = include_bytes!("console.html");
+pub const PAGE: &[u8] = include_bytes!("console.html");
 const EVENTS: &str = "Content-Type: text/event-stream\r\n";
-const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
+pub const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
 /// Never an old page after an upgrade; nothing but this very script and style, and this server to talk to.
-const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
+pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     Cache-Control: no-store\r\n\
     Referrer-Policy: no-referrer\r\n\
     Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
@@ -26,21 +26,20 @@ const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
 pub struct Context<'a> {
     pub request: &'a Request,
     /// The foreign origin whose page may read the answer.
-    pub origin: Option<String>,
+    pub origin: Option<&'a str>,
     /// The connection ends with the answer.
     pub closes: bool,
 }
 
 impl Context<'_> {
-    /// The page.
-    pub fn page(&self) -> Vec<u8> {
-        self.whole(200, PAGE_FIELDS, PAGE)
-    }
-
-    /// A text that depends on nothing but the options.
-    pub fn text(&self, text: &str) -> Vec<u8> {
-        let fields = format!("{PLAIN}Cache-Control: no-store\r\n");
-        self.whole(200, &fields, text.as_bytes())
+    /// An answer with content, or for HEAD without it; `fields` say what it is.
+    pub fn whole(&self, status: u16, fields: &str, content: &[u8]) -> Vec<u8> {
+        let length = content.len();
+        let mut answer = self.head(status, &format!("{fields}Content-Length: {length}\r\n"));
+        if self.request.method != "HEAD" {
+            answer.extend_from_slice(content);
+        }
+        answer
     }
 
     /// The answer to OPTIONS: a CORS preflight, where the origin is a foreign one that is allowed.
@@ -49,21 +48,16 @@ impl Context<'_> {
         self.head(204, &format!("Allow: {methods}\r\n{preflight}"))
     }
 
-    /// The answer to a reconnect, which tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
-    pub fn nothing(&self) -> Vec<u8> {
-        self.head(204, "")
-    }
-
     /// One line in words.
     pub fn refusal(&self, refusal: &Refusal) -> Vec<u8> {
         let field = match refusal.status {
-            401 => "WWW-Authenticate: Bearer\r\n".to_string(),
-            405 => format!("Allow: {}\r\n", refusal.topic()),
-            503 => "Retry-After: 1\r\n".to_string(),
-            _ => String::new(),
+            401 => "WWW-Authenticate: Bearer\r\n",
+            405 => "Allow: GET, HEAD, OPTIONS\r\n",
+            503 => "Retry-After: 1\r\n",
+            _ => "",
         };
-        let line = format!("{}\n", refusal.words());
-        self.whole(refusal.status, &(field + PLAIN), line.as_bytes())
+        let line = format!("{}\n", refusal.words);
+        self.whole(refusal.status, &format!("{field}{PLAIN}"), line.as_bytes())
     }
 
     /// The head of a command's stream.
@@ -77,21 +71,12 @@ impl Context<'_> {
         self.head(200, &format!("{start}X-Accel-Buffering: no\r\n{chunks}{trailer}"))
     }
 
-    fn whole(&self, status: u16, fields: &str, content: &[u8]) -> Vec<u8> {
-        let length = content.len();
-        let mut answer = self.head(status, &format!("{fields}Content-Length: {length}\r\n"));
-        if self.request.method != "HEAD" {
-            answer.extend_from_slice(content);
-        }
-        answer
-    }
-
     /// The status line and the fields, with those that every response has.
-    fn head(&self, status: u16, fields: &str) -> Vec<u8> {
+    pub fn head(&self, status: u16, fields: &str) -> Vec<u8> {
         let (phrase, date) = (phrase(status), clock::imf_fixdate(clock::unix_millis()));
         let close = when(self.closes, "Connection: close\r\n");
         let mut head = format!("HTTP/1.1 {status} {phrase}\r\nDate: {date}\r\n{fields}");
-        if let Some(origin) = &self.origin {
+        if let Some(origin) = self.origin {
             head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
         }
         head += &format!("X-Content-Type-Options: nosniff\r\n{close}\r\n");

@@ -113,7 +113,8 @@ pub fn run(
             is_over.store(true, SeqCst);
             return Err(refusal::BUSY.about("thread"));
         }
-        let (peer, pid, text) = (client.peer, child.pid, command.logged());
+        let text = log::quoted_as_sent(&command.text, &command.words.join(&b' '));
+        let (peer, pid) = (client.peer, child.pid);
         log::line(format_args!("run peer={peer} pid={pid} command={text}"));
         let now = Instant::now();
         let mut run = Run {

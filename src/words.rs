@@ -37,9 +37,8 @@ pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
     words.extend(word);
     match quote {
         _ if line.contains(&0) => Err(refusal::NUL),
-        Some(b'"') => Err(refusal::DOUBLE_QUOTE),
-        Some(_) => Err(refusal::SINGLE_QUOTE),
-        None if words.is_empty() => Err(refusal::EMPTY),
+        Some(open) => Err(refusal::QUOTE.about(&char::from(open).to_string())),
+        None if words.is_empty() => Err(refusal::NO_COMMAND),
         None => Ok(words),
     }
 }
