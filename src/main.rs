@@ -38,31 +38,27 @@ use refusal::words_of;
 use std::{io, io::Write, net::TcpListener, process::ExitCode, thread};
 
 fn main() -> ExitCode {
-    let status = start().unwrap_or_else(|Exit(status, why)| {
-        // A closed stderr is no reason for another status.
-        let _ = writeln!(io::stderr(), "ssecommander: {why}");
-        status
-    });
+    let Err(Exit(status, why)) = start() else {
+        return ExitCode::SUCCESS;
+    };
+    // A closed stderr is no reason for another status.
+    let _ = writeln!(io::stderr(), "ssecommander: {why}");
     ExitCode::from(status)
 }
 
-/// Returns the exit status, in the supervisor and in the server.
-fn start() -> Result<u8, Exit> {
+fn start() -> Result<(), Exit> {
     let config = match Wish::parse(std::env::args_os().skip(1))? {
         Wish::Serve(config) => config,
         Wish::Print(text) => {
             let _ = write!(io::stdout(), "{text}");
-            return Ok(0);
+            return Ok(());
         }
     };
     let cannot = |what: &str, error| Exit(1, format!("cannot {what}: {}", words_of(&error)));
-    if let Some(status) = supervisor::split().map_err(|error| cannot("start the server", error))? {
-        return Ok(status);
-    }
+    supervisor::split().map_err(|error| cannot("start the server", error))?;
     let name = format!("listen on http://{}", config.address);
     let listener = TcpListener::bind(config.address).map_err(|error| cannot(&name, error))?;
-    serve(listener, config).map_err(|error| cannot("serve", error))?;
-    Ok(0)
+    serve(listener, config).map_err(|error| cannot("serve", error))
 }
 
 fn serve(listener: TcpListener, config: Config) -> io::Result<()> {

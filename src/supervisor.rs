@@ -7,18 +7,19 @@
 
 use crate::{processes, sys};
 use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::{io, process, thread};
 
 /// How long what is left is being killed. More than one round is needed for what was just forking.
 const KILL_TIME: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Splits the program in two. In the server it returns `None`, at once. In the supervisor it returns when
-/// the server has ended, and all it left was killed: with the exit status to end with.
-/// Call it before any thread is started.
-pub fn split() -> io::Result<Option<u8>> {
+/// Splits the program in two, and returns in the server. The supervisor ends here, with the server's exit
+/// status, when the server has ended and all it left was killed. Call it before any thread is started.
+pub fn split() -> io::Result<()> {
     sys::take_signals();
-    let Some(server) = sys::fork_server()? else { return Ok(None) };
+    let Some(server) = sys::fork_server()? else {
+        return Ok(());
+    };
     let mut exited = sys::wait_any_noreap()?;
     while exited != server {
         // As process 1 of a container it is the parent of all whose own parent has ended.
@@ -27,7 +28,7 @@ pub fn split() -> io::Result<Option<u8>> {
     }
     // The server is a zombie until it is reaped, so no other session can have got its number.
     kill_session(server);
-    sys::reap(server).map(Some)
+    process::exit(sys::reap(server)?.into())
 }
 
 /// Kills what is left of the session, until nothing is but zombies and what may not be signalled.
@@ -36,9 +37,9 @@ fn kill_session(session: u32) {
     let mut is_any_hit = true;
     while is_any_hit && begun.elapsed() < KILL_TIME {
         is_any_hit = false;
-        for process in processes::all() {
-            if process.session == session && !process.is_zombie {
-                is_any_hit |= sys::send(process.pid, sys::SIGKILL);
+        for left in processes::all() {
+            if left.session == session && !left.is_zombie {
+                is_any_hit |= sys::send(left.pid, sys::SIGKILL);
             }
         }
         thread::sleep(PAUSE);
