@@ -62,7 +62,6 @@ fn start() -> Result<(), Exit> {
 }
 
 fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
-    sys::share_arenas();
     // With the port that was taken where 0 was asked for.
     let address = listener.local_addr()?;
     log::start(config.rules.token.as_ref())?;

@@ -55,8 +55,6 @@ unsafe extern "C" {
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
     fn fork() -> c_int;
     fn kill(pid: c_int, signal: c_int) -> c_int;
-    #[cfg(target_env = "gnu")]
-    fn mallopt(parameter: c_int, value: c_int) -> c_int;
     fn poll(fds: *mut PollFd, count: c_ulong, timeout: c_int) -> c_int;
     fn prctl(option: c_int, ...) -> c_int;
     fn setsid() -> c_int;
@@ -225,17 +223,6 @@ pub fn set_nonblocking(pipe: &impl AsFd) {
     const O_NONBLOCK: c_int = 0o4000;
     // SAFETY: numbers alone, and a descriptor that is open as long as it is borrowed.
     unsafe { fcntl(pipe.as_fd().as_raw_fd(), F_SETFL, O_NONBLOCK) };
-}
-
-/// Has threads share two of glibc's arenas for memory. One for each thread would be 64 MiB of addresses, and
-/// three calls, for each run: a seventh of its processor time.
-pub fn share_arenas() {
-    #[cfg(target_env = "gnu")]
-    {
-        const M_ARENA_MAX: c_int = -8;
-        // SAFETY: numbers alone.
-        unsafe { mallopt(M_ARENA_MAX, 2) };
-    }
 }
 
 /// Has TCP find out that a peer is gone without a word: it is probed after `idle` without any traffic, and
