@@ -21,13 +21,7 @@ const SHORTEST_PART: usize = 4;
 const LAST_MOMENT: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// A line, behind one that says how many before it were lost, if any were.
-struct Line {
-    text: String,
-    lost: u64,
-}
-
-static LINES: OnceLock<mpsc::SyncSender<Line>> = OnceLock::new();
+static LINES: OnceLock<mpsc::SyncSender<String>> = OnceLock::new();
 /// Lines in the queue, with the one that is being written.
 static WAITING: AtomicU64 = AtomicU64::new(0);
 /// Lines that were not written, and that no line has told of.
@@ -44,15 +38,15 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
     }
     thread::Builder::new().spawn(move || {
         let mut begin = "";
-        for Line { text, lost } in lines {
+        for line in lines {
+            let (lost, now) = (LOST.swap(0, SeqCst), timestamp());
+            let told = if lost > 0 { format!("{now} lost lines={lost}\n") } else { String::new() };
             // Fails on a full disk, in a file at its size limit, in a closed pipe. Half of it may stand there
             // then, behind which no other line may begin.
-            match io::stderr().write_all((begin.to_string() + &text).as_bytes()) {
-                Ok(()) => begin = "",
-                Err(_) => {
-                    begin = "\n";
-                    LOST.fetch_add(lost + 1, SeqCst);
-                }
+            let written = io::stderr().write_all(format!("{begin}{told}{line}").as_bytes());
+            begin = if written.is_ok() { "" } else { "\n" };
+            if written.is_err() {
+                LOST.fetch_add(lost + 1, SeqCst);
             }
             if WAITING.fetch_sub(1, SeqCst) == 1 {
                 // Under load what comes meanwhile needs no wake-up of its own.
@@ -63,19 +57,17 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
     Ok(())
 }
 
+fn timestamp() -> String {
+    clock::rfc3339(clock::unix_millis())
+}
+
 /// Has `TIME HAPPENING key=value …` written, and does not wait for it.
 pub fn line(happening: Arguments) {
-    let time = clock::rfc3339(clock::unix_millis());
-    let lost = LOST.swap(0, SeqCst);
-    let mut text = format!("{time} {happening}\n");
-    if lost > 0 {
-        text.insert_str(0, &format!("{time} lost lines={lost}\n"));
-    }
+    let line = format!("{} {happening}\n", timestamp());
     WAITING.fetch_add(1, SeqCst);
-    let line = Line { text, lost };
     if LINES.get().is_none_or(|lines| lines.try_send(line).is_err()) {
         WAITING.fetch_sub(1, SeqCst);
-        LOST.fetch_add(lost + 1, SeqCst);
+        LOST.fetch_add(1, SeqCst);
     }
 }
 
