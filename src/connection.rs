@@ -2,7 +2,7 @@
 
 use crate::log::{self, quoted};
 use crate::output::Stream;
-use crate::pipes::{Content, TICK, is_passing};
+use crate::pipes::{TICK, is_passing};
 use crate::policy::{CommandLine, Rules, Verdict};
 use crate::refusal::{self, Refusal, ensure};
 use crate::request::{Request, percent_decode};
@@ -11,8 +11,6 @@ use crate::run::{self, Client, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 /// In which a head must have arrived whole, and a form, however it trickles; and a next request begun.
@@ -142,9 +140,7 @@ impl Connection<'_> {
         if may_feed && request.expects_continue() {
             head.splice(..0, CONTINUE.bytes());
         }
-        let buffered = self.input.buffer();
-        let begun = &buffered[..buffered.len().min(length.try_into().unwrap_or(usize::MAX))];
-        let content = Content { begun, socket: self.client.socket, length };
+        let content = self.input.buffer().chain(self.client.socket).take(length);
         let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
         let is_complete =
             match run::run(command, is_fed.then_some(content), &self.client, self.limits, stream) {
@@ -158,14 +154,13 @@ impl Connection<'_> {
 
     /// The whole stream of a command that could not be started.
     fn failed_stream(&self, context: &Context, refusal: &Refusal) -> Vec<u8> {
-        let (words, code) = (refusal.words(), refusal.exit_code.unwrap_or(0));
+        let words = refusal.words();
         let is_chunked = context.request.minor_version > 0;
         let mut stream = Stream::new(true, is_chunked, context.stream_head());
         stream.error(&words);
-        stream.exit("failed", Some(ExitStatus::from_raw(code << 8)), 0);
+        let numbers = stream.exit("failed", refusal.exit_code, None, 0);
         let (peer, why) = (self.client.peer, quoted(words.as_bytes()));
-        let outcome = format!("out=failed code={code} ms=0 stdout_bytes=0 stderr_bytes=0");
-        log::line(format_args!("exit peer={peer} pid=0 {outcome} why={why}"));
+        log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
         stream.unsent().to_vec()
     }
 
