@@ -6,28 +6,25 @@
 use crate::processes::{self, Process};
 use crate::refusal::{self, Refusal, shown, words_of};
 use crate::sys;
-use std::os::fd::OwnedFd;
 use std::os::unix::{ffi::OsStrExt, process::CommandExt};
-use std::process::{self, Command, ExitStatus, Stdio};
+use std::process::{self, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::{ffi::OsStr, fs::File, io, thread};
 
 /// A started command. It is killed with its group, and reaped, on every way out.
 pub struct Child {
     pub pid: u32,
-    process: process::Child,
-    is_reaped: bool,
-    /// What it started outside its group, as far as that was looked for.
-    strays: Vec<Process>,
-    /// Whether there was anybody but the leader when it was last signalled.
-    has_company: bool,
+    /// None once it was reaped: its number may be somebody else's by then.
+    process: Option<process::Child>,
+    /// Itself and all that it started, as found when it was last looked for.
+    family: Vec<Process>,
 }
 
-/// The server's ends of a command's pipes, which do not block.
+/// The server's ends of a command's pipes.
 pub struct Pipes {
     /// Where the command is fed.
-    pub stdin: Option<File>,
-    /// By `output::SOURCES`.
-    pub outputs: [File; 2],
+    pub stdin: Option<ChildStdin>,
+    pub stdout: ChildStdout,
+    pub stderr: ChildStderr,
 }
 
 impl Child {
@@ -42,15 +39,13 @@ impl Child {
         command.stdin(if is_fed { Stdio::piped() } else { no_input() });
         let spawned = command.spawn();
         let mut process = spawned.map_err(|error| why_not_started(&error, words[0]))?;
-        let stdin = process.stdin.take().filter(|_| is_fed);
-        let stdout = process.stdout.take().expect("stdout is a pipe");
-        let stderr = process.stderr.take().expect("stderr is a pipe");
         let pipes = Pipes {
-            stdin: stdin.map(|stdin| nonblocking(stdin.into())),
-            outputs: [nonblocking(stdout.into()), nonblocking(stderr.into())],
+            stdin: process.stdin.take().filter(|_| is_fed),
+            stdout: process.stdout.take().expect("stdout is a pipe"),
+            stderr: process.stderr.take().expect("stderr is a pipe"),
         };
-        let (pid, strays) = (process.id(), Vec::new());
-        Ok((Child { pid, process, is_reaped: false, strays, has_company: false }, pipes))
+        let child = Child { pid: process.id(), process: Some(process), family: Vec::new() };
+        Ok((child, pipes))
     }
 
     /// Whether the leader has exited.
@@ -64,18 +59,27 @@ impl Child {
     /// since another one could hold anybody. What has left the session is left alone.
     pub fn signal(&mut self, signal: i32) {
         // Found first: what loses its parent to the signal is nobody's descendant any more.
-        let all = processes::recent();
-        self.strays = processes::family(&all, self.pid, &self.strays);
-        self.strays.retain(|process| process.group != self.pid);
-        let is_member = |other: &Process| other.group == self.pid && other.pid != self.pid;
-        self.has_company = !self.strays.is_empty() || all.iter().any(is_member);
+        self.find_family();
         for signal in [signal, sys::SIGCONT] {
             // One that is stopped would not notice before SIGCONT.
             sys::send_group(self.pid, signal);
-            for stray in &self.strays {
+            for stray in self.family.iter().filter(|process| process.group != self.pid) {
                 sys::send(stray.pid, signal);
             }
         }
+    }
+
+    fn find_family(&mut self) {
+        self.family = processes::family(&processes::recent(), self.pid, &self.family);
+    }
+
+    /// Whether nobody but the leader is left alive of those that were there when it was last signalled.
+    pub fn is_alone(&mut self) -> bool {
+        // Most leaders were alone then, and need no search.
+        if self.family.len() > 1 {
+            self.find_family();
+        }
+        self.family.iter().all(|process| process.is_zombie || process.pid == self.pid)
     }
 
     /// Kills what is left of the group.
@@ -83,40 +87,25 @@ impl Child {
         sys::send_group(self.pid, sys::SIGKILL);
     }
 
-    /// Whether nothing but the leader is left alive of the group, and of what was found outside of it.
-    pub fn is_alone(&self) -> bool {
-        if !self.has_company {
-            return true;
+    /// Reaps the leader. One that cannot be killed has no status; a thread waits to reap it. Where none is
+    /// to be had, it stays a zombie until the server ends.
+    pub fn reap(&mut self) -> Option<ExitStatus> {
+        let has_exited = self.has_exited();
+        let mut process = self.process.take()?;
+        if has_exited {
+            return process.wait().ok();
         }
-        let is_left = |process: &Process| {
-            let is_stray = self.strays.iter().any(|stray| stray.is_same(process));
-            let is_member = process.group == self.pid && process.pid != self.pid;
-            !process.is_zombie && (is_member || is_stray)
-        };
-        !processes::recent().iter().any(is_left)
-    }
-
-    /// Kills what is left of the group, and reaps the leader; fails where its status cannot be had.
-    pub fn reap(&mut self) -> io::Result<ExitStatus> {
-        self.kill_group();
-        self.is_reaped = true;
-        self.process.wait()
-    }
-
-    /// Gives the command up: a thread waits to reap it. Where none is to be had, it stays a zombie until the
-    /// server ends.
-    pub fn abandon(mut self) {
-        self.is_reaped = true;
-        let _ = thread::Builder::new().spawn(move || self.process.wait());
+        let _ = thread::Builder::new().spawn(move || process.wait());
+        None
     }
 }
 
 impl Drop for Child {
     /// The way out of a run that was never begun, or that panicked.
     fn drop(&mut self) {
-        if !self.is_reaped {
+        if let Some(mut process) = self.process.take() {
             self.signal(sys::SIGKILL);
-            let _ = self.process.wait();
+            let _ = process.wait();
         }
     }
 }
@@ -128,11 +117,6 @@ fn no_input() -> Stdio {
         // An empty root has no such file; a pipe that nobody writes to reads the same.
         Err(_) => Stdio::piped(),
     }
-}
-
-fn nonblocking(pipe: OwnedFd) -> File {
-    sys::set_nonblocking(&pipe);
-    pipe.into()
 }
 
 fn why_not_started(error: &io::Error, program: &OsStr) -> Refusal {

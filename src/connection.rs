@@ -2,7 +2,7 @@
 
 use crate::log::{self, quoted, quoted_as_sent};
 use crate::output::Stream;
-use crate::pipes::{Content, TICK, is_passing};
+use crate::pipes::{TICK, is_passing};
 use crate::policy::{CommandLine, Rules, Verdict};
 use crate::refusal::{self, Refusal, ensure};
 use crate::request::{Request, form_fields, percent_decode};
@@ -11,8 +11,6 @@ use crate::run::{self, Client, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
-use std::os::unix::process::ExitStatusExt;
-use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
 /// In which a head must have arrived whole, and a form, however it trickles; and a next request begun.
@@ -94,14 +92,20 @@ impl Connection<'_> {
     /// A request and its answer. Returns whether another request may follow.
     fn exchange(&mut self) -> bool {
         let mut request = Request::default();
-        match self.answer(&mut request) {
-            Ok(goes_on) => goes_on,
+        let is_answered = match self.answer(&mut request) {
+            Ok(is_answered) => is_answered,
             Err(refusal) if refusal == refusal::GONE => false,
             Err(refusal) => self.refuse(&request, &refusal),
+        };
+        let ends = request.ends_connection() || sys::is_ending();
+        if is_answered && ends {
+            self.linger();
         }
+        is_answered && !ends
     }
 
-    /// Reads a request into an empty one, and answers it, unless it is refused.
+    /// Reads a request into an empty one, and answers it, unless it is refused. Returns whether the client got
+    /// the whole answer.
     fn answer(&mut self, request: &mut Request) -> Result<bool, Refusal> {
         request.read(&mut self.input)?;
         let verdict = self.rules.judge(request, self.local)?;
@@ -123,7 +127,7 @@ impl Connection<'_> {
                 return self.run(&context, &command);
             }
         };
-        Ok(self.write(&answer) && self.goes_on(context.closes))
+        Ok(self.write(&answer))
     }
 
     /// Reads the form that holds the command; the rules have let no long one pass.
@@ -144,17 +148,15 @@ impl Connection<'_> {
         if request.form.is_empty() && request.expects_continue() {
             head.splice(..0, CONTINUE.bytes());
         }
-        let buffered = self.input.buffer();
-        let begun = &buffered[..buffered.len().min(length.try_into().unwrap_or(usize::MAX))];
-        let content = Content { begun, socket: self.client.socket, length };
+        let content = self.input.buffer().chain(self.client.socket).take(length);
         let is_fed = request.form.is_empty() && length > 0 && request.method == "POST";
         let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
         let content = if is_fed { Some(content) } else { None };
         match run::run(command, content, &self.client, self.limits, stream) {
-            Err(refusal) if request.wants_events() && refusal.status != 503 => Ok(self
-                .write(&self.failed_stream(context, &refusal))
-                && self.goes_on(context.closes)),
-            done => Ok(done? && self.goes_on(context.closes)),
+            Err(refusal) if request.wants_events() && refusal.status != 503 => {
+                Ok(self.write(&self.failed_stream(context, &refusal)))
+            }
+            done => done,
         }
     }
 
@@ -165,10 +167,9 @@ impl Connection<'_> {
         let is_chunked = context.request.minor_version > 0;
         let mut stream = Stream::new(true, is_chunked, context.stream_head());
         stream.error(&refusal.words);
-        stream.exit("failed", Some(ExitStatus::from_raw(code << 8)), 0);
+        let numbers = stream.exit("failed", Some(code), None, 0);
         let (peer, why) = (self.client.peer, quoted(refusal.words.as_bytes()));
-        let outcome = format!("out=failed code={code} ms=0 stdout_bytes=0 stderr_bytes=0");
-        log::line(format_args!("exit peer={peer} pid=0 {outcome} why={why}"));
+        log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
         stream.unsent().to_vec()
     }
 
@@ -186,7 +187,7 @@ impl Connection<'_> {
         let (why, _) = refusal.words.split_once("; ").unwrap_or_default();
         let why = quoted(why.as_bytes());
         log::line(format_args!("refuse peer={peer} status={status} target={asked} why={why}"));
-        self.write(&context.refusal(refusal)) && self.goes_on(context.closes)
+        self.write(&context.refusal(refusal))
     }
 
     fn context<'r>(&self, request: &'r Request) -> Context<'r> {
@@ -207,17 +208,13 @@ impl Connection<'_> {
         true
     }
 
-    /// Whether another request may follow an answer. Where none may, ends the connection so that the answer
-    /// survives: closing a socket with unread input sends a reset, which can overtake the answer and have it
-    /// thrown away (RFC 9112 section 9.6). So the server says that nothing more comes, and reads what still
-    /// does, for a moment.
-    fn goes_on(&mut self, closes: bool) -> bool {
-        if closes {
-            let _ = self.client.socket.shutdown(Shutdown::Write);
-            self.allow(LINGER_TIME);
-            let mut scratch = [0; 4096];
-            while self.input.get_mut().read(&mut scratch).is_ok_and(|length| length > 0) {}
-        }
-        !closes
+    /// Ends the connection so that the answer survives: closing a socket with unread input sends a reset, which
+    /// can overtake the answer and have it thrown away (RFC 9112 section 9.6). So the server says that nothing
+    /// more comes, and reads what still does, for a moment.
+    fn linger(&mut self) {
+        let _ = self.client.socket.shutdown(Shutdown::Write);
+        self.allow(LINGER_TIME);
+        let mut scratch = [0; 4096];
+        while self.input.get_mut().read(&mut scratch).is_ok_and(|length| length > 0) {}
     }
 }

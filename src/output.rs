@@ -3,8 +3,7 @@
 //! no I/O.
 
 use crate::clock::unix_millis;
-use std::os::unix::process::ExitStatusExt;
-use std::{fmt::Display, io::Write, mem::take, process::ExitStatus, time::Duration};
+use std::{fmt::Display, io::Write, mem::take, time::Duration};
 
 /// Where output comes from, by its event's name.
 pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
@@ -19,7 +18,7 @@ pub struct Stream {
     /// In chunks, or up to the end of the connection.
     is_chunked: bool,
     /// Bytes of output, from each of [`SOURCES`].
-    pub bytes: [u64; 2],
+    bytes: [u64; 2],
     /// The number of the last event.
     last_event: u64,
     /// Of each source the beginning of a character whose end is still to come, three bytes at most.
@@ -28,9 +27,8 @@ pub struct Stream {
     content: Vec<u8>,
     /// Leading zeros of the next chunk's size that were sent before it.
     zeros: usize,
-    /// For the client, of which so many bytes were sent.
+    /// For the client, and not yet sent.
     batch: Vec<u8>,
-    sent: usize,
 }
 
 impl Stream {
@@ -41,18 +39,13 @@ impl Stream {
 
     /// The `start` event, which says after how long a silence there is a comment, in seconds.
     pub fn start(&mut self, pid: u32, heartbeat: Duration) {
-        let (seconds, millis) = (heartbeat.as_secs(), heartbeat.subsec_millis());
-        let fraction = if millis > 0 { format!(".{millis:03}") } else { String::new() };
-        self.event(
-            "start",
-            "start",
-            format!("\"pid\":{pid},\"heartbeat\":{seconds}{fraction}}}\n\n"),
-        );
+        let seconds = heartbeat.as_secs_f64();
+        self.event("start", format!("\"pid\":{pid},\"heartbeat\":{seconds}}}\n\n"));
     }
 
     /// The `err` event, which says in words what went wrong.
     pub fn error(&mut self, why: &str) {
-        self.text("err", "error", why.as_bytes());
+        self.text("err", why.as_bytes());
     }
 
     /// Something to send that says nothing: it keeps the stream alive, and brings out a client that has
@@ -68,50 +61,54 @@ impl Stream {
     }
 
     /// A piece of output: an event, or none where the piece only begins a character.
-    pub fn output(&mut self, source: usize, piece: &[u8]) {
+    pub fn output(&mut self, source: usize, mut piece: Vec<u8>) {
         self.bytes[source] += piece.len() as u64;
         if !self.is_events {
-            return self.content.extend_from_slice(piece);
+            return self.content.append(&mut piece);
         }
-        let mut joined = take(&mut self.unfinished[source]);
-        let mut bytes = piece;
-        if !joined.is_empty() {
-            joined.extend_from_slice(piece);
-            bytes = &joined;
-        }
-        let (whole, begun) = bytes.split_at(bytes.len() - unfinished_length(bytes));
-        self.unfinished[source] = begun.to_vec();
-        self.text(SOURCES[source], SOURCES[source], whole);
+        piece.splice(..0, take(&mut self.unfinished[source]));
+        self.unfinished[source] = piece.split_off(piece.len() - unfinished_length(&piece));
+        self.text(SOURCES[source], &piece);
     }
 
     /// The end: what was never completed as a character; the `exit` event, with `out` as its word; the last
-    /// chunk, which has the outcome of plain text in its trailer. There is no status where nobody knows it.
-    pub fn exit(&mut self, out: &str, status: Option<ExitStatus>, ms: u128) {
+    /// chunk, which has the outcome of plain text in its trailer. Returns the numbers as the log has them.
+    pub fn exit(&mut self, out: &str, code: Option<i32>, signal: Option<i32>, ms: u128) -> String {
         for (name, begun) in SOURCES.into_iter().zip(take(&mut self.unfinished)) {
-            self.text(name, name, &begun);
+            self.text(name, &begun);
         }
-        let code = status.and_then(|status| status.code());
-        let signal = status.and_then(|status| status.signal());
-        let json = |number: Option<i32>| number.map_or("null".to_string(), |it| it.to_string());
-        let numbers = format!(r#""code":{},"signal":{},"ms":{ms}"#, json(code), json(signal));
-        let [stdout, stderr] = self.bytes;
-        let bytes = format!(r#""stdout_bytes":{stdout},"stderr_bytes":{stderr}"#);
-        self.event("exit", "exit", format!("\"out\":\"{out}\",{numbers},{bytes}}}\n\n"));
+        let [stdout, stderr] = self.bytes.map(|bytes| bytes.to_string());
+        let numbers = [
+            ("code", code.map(|code| code.to_string())),
+            ("signal", signal.map(|signal| signal.to_string())),
+            ("ms", Some(ms.to_string())),
+            ("stdout_bytes", Some(stdout)),
+            ("stderr_bytes", Some(stderr)),
+        ];
+        let (mut json, mut logged) = (format!("\"out\":\"{out}\""), String::new());
+        for (name, number) in numbers {
+            if let Some(number) = &number {
+                logged += &format!(" {name}={number}");
+            }
+            json += &format!(",\"{name}\":{}", number.as_deref().unwrap_or("null"));
+        }
+        self.event("exit", json + "}\n\n");
         self.close_chunk();
-        let trailer = match (code, signal) {
-            (Some(code), _) if !self.is_events => format!("Exit-Code: {code}\r\n"),
-            (_, Some(signal)) if !self.is_events => format!("Exit-Signal: {signal}\r\n"),
-            _ => String::new(),
-        };
         if self.is_chunked {
+            let trailer = match (code, signal) {
+                (Some(code), _) if !self.is_events => format!("Exit-Code: {code}\r\n"),
+                (_, Some(signal)) if !self.is_events => format!("Exit-Signal: {signal}\r\n"),
+                _ => String::new(),
+            };
             self.batch.extend(format!("0\r\n{trailer}\r\n").bytes());
         }
+        logged
     }
 
     /// What is to be sent next: all that was encoded, as one chunk behind what was not sent before.
     pub fn unsent(&mut self) -> &[u8] {
         self.close_chunk();
-        &self.batch[self.sent..]
+        &self.batch
     }
 
     /// Whether nothing is to be sent.
@@ -121,105 +118,82 @@ impl Stream {
 
     /// Forgets so much of what was to be sent.
     pub fn forget(&mut self, length: usize) {
-        self.sent += length;
-        if self.sent == self.batch.len() {
-            self.batch.clear();
-            self.sent = 0;
-        }
+        self.batch.drain(..length);
     }
 
     fn close_chunk(&mut self) {
-        let length = self.content.len();
-        if length > 0 && self.is_chunked {
+        if !self.is_chunked {
+            self.batch.append(&mut self.content);
+        } else if !self.content.is_empty() {
             // Writing to a Vec does not fail.
-            let _ = write!(self.batch, "{length:x}\r\n");
+            let _ = write!(self.batch, "{:x}\r\n", self.content.len());
             self.batch.append(&mut self.content);
             self.batch.extend_from_slice(b"\r\n");
             self.zeros = 0;
         }
-        self.batch.append(&mut self.content);
     }
 
     /// An event whose `out` is `bytes`, if there are any.
-    fn text(&mut self, event: &str, kind: &str, bytes: &[u8]) {
+    fn text(&mut self, event: &str, bytes: &[u8]) {
         if self.is_events && !bytes.is_empty() {
-            self.event(event, kind, "\"out\":\"");
+            self.event(event, "\"out\":\"");
             decode(bytes, &mut self.content);
             self.content.extend_from_slice(b"\"}\n\n");
         }
     }
 
     /// An event, or its beginning: what `data` does not close goes on.
-    fn event(&mut self, event: &str, kind: &str, data: impl Display) {
+    fn event(&mut self, event: &str, data: impl Display) {
         if self.is_events {
             self.last_event += 1;
             let id = format!("{}-{}", unix_millis(), self.last_event);
-            let _ = write!(
-                self.content,
-                "id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{data}"
-            );
+            let kind = if event == "err" { "error" } else { event };
+            let begin = format!("id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{data}");
+            self.content.extend(begin.as_bytes());
         }
     }
 }
 
 /// How many bytes at the end are the beginning of a character.
 fn unfinished_length(bytes: &[u8]) -> usize {
-    for length in 1..=bytes.len().min(3) {
-        let end = &bytes[bytes.len() - length..];
-        if let Err(error) = std::str::from_utf8(end) {
-            // Nothing is valid, and nothing is known to be wrong either.
-            if error.valid_up_to() == 0 && error.error_len().is_none() {
-                return length;
-            }
-        }
-    }
-    0
+    let is_begun = |length: &usize| match std::str::from_utf8(&bytes[bytes.len() - length..]) {
+        // Nothing is valid, and nothing is known to be wrong either.
+        Err(error) => error.valid_up_to() == 0 && error.error_len().is_none(),
+        Ok(_) => false,
+    };
+    (1..=bytes.len().min(3)).find(is_begun).unwrap_or(0)
 }
 
 /// Appends `bytes`, decoded (WHATWG Encoding section 8.1.1: one U+FFFD for each maximal part of a character
 /// that breaks off, which is how std counts too) and escaped.
 fn decode(bytes: &[u8], out: &mut Vec<u8>) {
-    if std::str::from_utf8(bytes).is_ok() {
-        return escape(bytes, out);
-    }
-    for chunk in bytes.utf8_chunks() {
-        // Mostly a few bytes, too short to be searched.
-        for byte in chunk.valid().bytes() {
-            escape_byte(byte, out);
-        }
-        if !chunk.invalid().is_empty() {
-            out.extend_from_slice("\u{fffd}".as_bytes());
-        }
+    match std::str::from_utf8(bytes) {
+        Ok(text) => escape(text.as_bytes(), out),
+        Err(_) => escape(String::from_utf8_lossy(bytes).as_bytes(), out),
     }
 }
 
 /// Appends UTF-8 as the inside of a JSON string (RFC 8259 section 7): `"`, `\` and all below U+0020 escaped,
 /// nothing else.
 fn escape(mut text: &[u8], out: &mut Vec<u8>) {
+    let digit = |number: u8| b"0123456789abcdef"[usize::from(number)];
     loop {
         let (clean, rest) = text.split_at(clean_prefix(text));
         out.extend_from_slice(clean);
         let Some((&byte, rest)) = rest.split_first() else {
             return;
         };
-        escape_byte(byte, out);
-        text = rest;
-    }
-}
-
-fn escape_byte(byte: u8, out: &mut Vec<u8>) {
-    match byte {
-        b'"' => out.extend_from_slice(b"\\\""),
-        b'\\' => out.extend_from_slice(b"\\\\"),
-        b'\n' => out.extend_from_slice(b"\\n"),
-        b'\r' => out.extend_from_slice(b"\\r"),
-        b'\t' => out.extend_from_slice(b"\\t"),
-        0..=0x1f => {
-            let digit = |number: u8| b"0123456789abcdef"[usize::from(number)];
-            out.extend_from_slice(b"\\u00");
-            out.extend_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
+        match byte {
+            b'\n' => out.extend_from_slice(b"\\n"),
+            b'\r' => out.extend_from_slice(b"\\r"),
+            b'\t' => out.extend_from_slice(b"\\t"),
+            b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
+            _ => {
+                out.extend_from_slice(b"\\u00");
+                out.extend_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
+            }
         }
-        _ => out.push(byte),
+        text = rest;
     }
 }
 

@@ -6,7 +6,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::{fs, process, time::Instant};
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug)]
 pub struct Process {
     pub pid: u32,
     pub parent: u32,
@@ -18,9 +18,9 @@ pub struct Process {
     pub is_zombie: bool,
 }
 
-impl Process {
-    /// Whether it is that very process, and not one that has got its number since.
-    pub fn is_same(&self, other: &Process) -> bool {
+impl PartialEq for Process {
+    /// Whether it is that very process, whatever has become of it, and not one that has got its number since.
+    fn eq(&self, other: &Process) -> bool {
         (self.pid, self.start) == (other.pid, other.start)
     }
 }
@@ -61,8 +61,8 @@ pub fn recent() -> Vec<Process> {
     processes.clone()
 }
 
-/// Of `all`, `leader`, those of `known` that are still there, and all that descend from these: as far as they
-/// belong to the session that the server leads, and all commands share.
+/// Of `all`, `leader`, its group, those of `known` that are still there, and all that descend from these: as
+/// far as they belong to the session that the server leads, and all commands share.
 pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
     let session = process::id();
     let mut family: Vec<Process> = Vec::new();
@@ -70,9 +70,10 @@ pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
     loop {
         let before = family.len();
         for process in all.iter().filter(|process| process.session == session) {
-            let is_root = process.pid == leader || known.iter().any(|one| one.is_same(process));
+            let is_member = process.pid == leader || process.group == leader;
             let is_child = family.iter().any(|parent| parent.pid == process.parent);
-            if (is_root || is_child) && !family.contains(process) {
+            let belongs = is_member || is_child || known.contains(process);
+            if belongs && !family.contains(process) {
                 family.push(*process);
             }
         }
@@ -111,10 +112,10 @@ mod tests {
     fn names_may_hold_anything() {
         let rest = "1 20 30 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 99 0 0";
         for name in ["sh", "a b", "a) R 7 7 7", "((", ")", "\u{fffd}", ""] {
-            let parsed = parse(&format!("10 ({name}) S {rest}\n"));
+            let parsed = parse(&format!("10 ({name}) S {rest}\n")).unwrap();
             let expected =
                 Process { pid: 10, parent: 1, group: 20, session: 30, start: 99, is_zombie: false };
-            assert_eq!(parsed, Some(expected), "{name}");
+            assert_eq!(format!("{parsed:?}"), format!("{expected:?}"), "{name}");
         }
         assert!(parse(&format!("10 (sh) Z {rest}")).unwrap().is_zombie);
         for broken in ["", "10", "10 (sh)", "10 (sh) ", "10 (sh) S 1 2", "x (sh) S 1 2 3"] {
@@ -128,7 +129,7 @@ mod tests {
         let own = std::process::id();
         let listed = all().into_iter().find(|process| process.pid == own).unwrap();
         assert_eq!(listed.parent, std::os::unix::process::parent_id());
-        assert!(recent().iter().any(|process| process.is_same(&listed)));
+        assert!(recent().contains(&listed));
     }
 
     #[test]
@@ -149,12 +150,15 @@ mod tests {
             // Known from before: one is the same, one has got its number since.
             process(30, 1, 30, own),
             process(31, 1, 31, own),
+            // Of its group, though its parent is gone.
+            process(40, 1, 10, own),
+            process(41, 40, 41, own),
         ];
         let mut other = process(31, 10, 12, own);
         other.start = 7;
         let found = family(&all, 10, &[process(30, 10, 30, own), other]);
         let mut numbers: Vec<u32> = found.iter().map(|process| process.pid).collect();
         numbers.sort_unstable();
-        assert_eq!(numbers, [10, 11, 12, 13, 30]);
+        assert_eq!(numbers, [10, 11, 12, 13, 30, 40, 41]);
     }
 }

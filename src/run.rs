@@ -3,8 +3,9 @@
 //!
 //! Threads read the command's pipes and feed it (`pipes`); the connection's thread takes what they have read
 //! from a channel, encodes it and writes it. The channel is bounded, so a client that reads slowly slows the
-//! command down. Once a tick the connection's thread looks at all that ends a command: the client, the
-//! leader, the clock, and the server's own end. Nothing a command does to its pipes can hold this thread.
+//! command down. The command's life is [`Run::live`], from top to bottom; in each of its phases the connection's
+//! thread goes on in turns, of a tick at the most, and looks after each at what ends that phase. Nothing a
+//! command does to its pipes can hold this thread.
 
 use crate::child::Child;
 use crate::log::{self, quoted};
@@ -18,26 +19,21 @@ use std::os::unix::process::ExitStatusExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
-use std::{fs::File, net::SocketAddr, net::TcpStream, process::ExitStatus, thread};
+use std::{net::SocketAddr, net::TcpStream, thread};
 
 /// Messages, one from each reader, of up to 32 KiB.
 const CHANNEL: usize = 2;
-/// Output that is encoded for one write. A byte may be six when it is encoded.
-const BATCH: usize = 64 << 10;
-/// What a command left running may pause for before the stream ends.
-const QUIET: Duration = Duration::from_millis(250);
+/// Ticks without a word after which what a command left running is quiet, and its stream ends. Counted, since
+/// a clock goes on while the whole server is stopped.
+const QUIET_TICKS: u32 = 3;
 /// A leader that was sent SIGKILL is dead by then, or cannot be killed.
 const KILL_TIME: Duration = Duration::from_secs(1);
 /// The first wait for a leader to exit whose pipes have ended, as they do just before.
 const FIRST_WAIT: Duration = Duration::from_micros(50);
-/// Comments by which a half-close is told from a connection's end, before the heartbeat has to do.
-const MOST_PROBES: u32 = 2;
 /// How long a client that does not read can hold up the server's end.
 const LAST_STALL: Duration = Duration::from_millis(700);
 /// Of a thread that reads or feeds: its buffers are on the heap.
 const STACK: usize = 64 << 10;
-/// The `out` of a command whose exit status nobody knows.
-const LEFT: &str = "left";
 
 /// The options that bound commands.
 pub struct Limits {
@@ -62,20 +58,12 @@ pub struct Client<'a> {
     pub peer: SocketAddr,
 }
 
-/// The right to run a command; free again when it is dropped.
-struct Place;
+/// One of those that are counted, until it is dropped.
+pub struct Counted(pub &'static AtomicUsize);
 
-impl Place {
-    fn take(most: usize) -> Result<Place, Refusal> {
-        let one_more = |running| if running < most { Some(running + 1) } else { None };
-        let taken = RUNNING.fetch_update(SeqCst, SeqCst, one_more);
-        taken.map(|_| Place).map_err(|_| refusal::BUSY.about("place for one more command"))
-    }
-}
-
-impl Drop for Place {
+impl Drop for Counted {
     fn drop(&mut self) {
-        RUNNING.fetch_sub(1, SeqCst);
+        self.0.fetch_sub(1, SeqCst);
     }
 }
 
@@ -89,7 +77,11 @@ pub fn run(
     limits: &Limits,
     stream: Stream,
 ) -> Result<bool, Refusal> {
-    let place = Place::take(limits.max_commands)?;
+    let one_more = |number| if number < limits.max_commands { Some(number + 1) } else { None };
+    if RUNNING.fetch_update(SeqCst, SeqCst, one_more).is_err() {
+        return Err(refusal::BUSY.about("place for one more command"));
+    }
+    let place = Counted(&RUNNING);
     let (child, pipes) = Child::start(&command.words, content.is_some())?;
     let (sender, messages) = sync_channel(CHANNEL);
     let is_over = AtomicBool::new(false);
@@ -98,12 +90,10 @@ pub fn run(
         let start_threads = || -> io::Result<()> {
             // `spawn` would panic where no thread is to be had.
             let builder = || thread::Builder::new().stack_size(STACK);
-            for (source, pipe) in pipes.outputs.into_iter().enumerate() {
-                let read = move || pipes::read(pipe, source, sender, is_over);
-                builder().spawn_scoped(scope, read)?;
-            }
+            builder().spawn_scoped(scope, || pipes::read(pipes.stdout, 0, sender, is_over))?;
+            builder().spawn_scoped(scope, || pipes::read(pipes.stderr, 1, sender, is_over))?;
             if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
-                let feed = move || pipes::feed(content, stdin, sender, is_over);
+                let feed = || pipes::feed(content, stdin, sender, is_over);
                 builder().spawn_scoped(scope, feed)?;
             }
             Ok(())
@@ -116,50 +106,24 @@ pub fn run(
         let text = log::quoted_as_sent(&command.text, &command.words.join(&b' '));
         let (peer, pid) = (client.peer, child.pid);
         log::line(format_args!("run peer={peer} pid={pid} command={text}"));
-        let now = Instant::now();
         let mut run = Run {
             child,
             client,
             limits,
             stream,
-            phase: Phase::Running,
-            cause: None,
-            lost: None,
+            messages,
+            is_over,
+            started: Instant::now(),
+            written: Instant::now(),
             open_outputs: 2,
-            broken_stdin: None,
-            probes: 0,
-            started: now,
-            looked: now,
-            written: now,
-            heard: now,
-            quiet_looks: 0,
+            quiet_turns: 0,
+            has_broken_off: false,
+            is_probed: false,
+            lost: None,
         };
-        run.stream.start(pid, limits.heartbeat);
-        while !run.is_over() {
-            run.send();
-            run.receive(&messages);
-            run.look();
-            is_over.store(matches!(run.phase, Phase::Killed(_) | Phase::GivenUp), SeqCst);
-        }
-        is_over.store(true, SeqCst);
-        // A reader that waits for room in the channel sees that nobody receives any more.
-        drop(messages);
-        Ok(run.finish(place))
+        let why_ended = run.live();
+        Ok(run.finish(why_ended, place))
     })
-}
-
-/// How far a command's life has come, and since when.
-#[derive(Clone, Copy, PartialEq)]
-enum Phase {
-    Running,
-    /// The leader has exited by itself; what it left running in its group may still write for a moment.
-    Leftovers(Instant),
-    /// SIGTERM was sent to all.
-    Asked(Instant),
-    /// SIGKILL was sent to all. What was written until then is still read.
-    Killed(Instant),
-    /// SIGKILL did not end the leader.
-    GivenUp,
 }
 
 struct Run<'a> {
@@ -167,250 +131,206 @@ struct Run<'a> {
     client: &'a Client<'a>,
     limits: &'a Limits,
     stream: Stream,
-    phase: Phase,
-    /// Why the server ends the command, by the word of `exit`, where that has one.
-    cause: Option<&'static str>,
-    /// How the client was lost, by the log's word.
-    lost: Option<&'static str>,
-    /// How many of stdout and stderr have not ended.
-    open_outputs: u32,
-    /// The command's standard input, where its content broke off.
-    broken_stdin: Option<File>,
-    /// Comments sent to a client that has half-closed.
-    probes: u32,
+    messages: Receiver<Message>,
+    /// Tells the threads that what is not in the pipes by now is not waited for.
+    is_over: &'a AtomicBool,
     started: Instant,
-    /// When it last looked at what can end the command.
-    looked: Instant,
     /// When the client last took something: silence and a stall count from here.
     written: Instant,
-    /// When the command was last heard of, or was kept from being heard by its client.
-    heard: Instant,
-    /// Looks since then.
-    quiet_looks: u32,
+    /// How many of stdout and stderr have not ended.
+    open_outputs: u32,
+    /// Turns since the command was last heard of, or kept from being heard by its client.
+    quiet_turns: u32,
+    /// Whether the request's content ended before its length did.
+    has_broken_off: bool,
+    /// Whether a comment was sent to a client that has half-closed.
+    is_probed: bool,
+    /// How the client was lost, by the log's word.
+    lost: Option<&'static str>,
+}
+
+/// Why the server ends a command.
+struct Cause {
+    /// The word of `exit`, where it has one.
+    out: Option<&'static str>,
+    /// What the client is told, if it is there.
+    why: &'static str,
 }
 
 impl Run<'_> {
-    /// Whether the command has ended, and all its output was taken.
-    fn is_over(&self) -> bool {
-        let has_ended = match self.phase {
-            Phase::Running | Phase::Asked(_) => false,
-            Phase::Killed(_) => self.child.has_exited(),
-            Phase::Leftovers(_) | Phase::GivenUp => true,
-        };
-        has_ended && self.open_outputs == 0
-    }
-
-    /// Waits for messages, a tick at the most, and encodes what they bring, up to a batch.
-    fn receive(&mut self, messages: &Receiver<Message>) {
-        // A client that does not take what there is keeps more from being read.
-        if !self.stream.is_sent() {
-            return;
+    /// A command's life until nothing more comes of it. Returns the word of `exit` for why it was ended.
+    fn live(&mut self) -> Option<&'static str> {
+        self.stream.start(self.child.pid, self.limits.heartbeat);
+        let mut cause = None;
+        while cause.is_none() && !self.child.has_exited() {
+            cause = self.turn();
         }
-        // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
-        let is_closed = self.open_outputs == 0;
-        let wait = if is_closed { self.heard.elapsed().clamp(FIRST_WAIT, TICK) } else { TICK };
-        let (mut next, mut length) = (messages.recv_timeout(wait).ok(), 0);
-        while let Some(message) = next {
-            self.hear();
-            match message {
-                Message::Output(source, bytes) => {
-                    length += bytes.len();
-                    self.pass_on(source, &bytes);
-                }
-                Message::Ended => self.open_outputs -= 1,
-                Message::BrokeOff(stdin) => {
-                    self.broken_stdin = stdin;
-                    self.end(None, "the request's content broke off");
-                }
+        // What it left running in its group may still write for a moment.
+        let exited = Instant::now();
+        self.quiet_turns = 0;
+        while cause.is_none()
+            && self.open_outputs > 0
+            && self.quiet_turns < QUIET_TICKS
+            && exited.elapsed() < self.limits.grace
+        {
+            cause = self.turn();
+        }
+        match &cause {
+            None => self.child.kill_group(),
+            Some(cause) => {
+                self.stream.error(cause.why);
+                self.end_all();
             }
-            next = if length < BATCH { messages.try_recv().ok() } else { None };
+        }
+        // What was written until then is still read.
+        self.is_over.store(true, SeqCst);
+        let killed = Instant::now();
+        while self.open_outputs > 0 || (!self.child.has_exited() && killed.elapsed() < KILL_TIME) {
+            self.turn();
+        }
+        cause.and_then(|cause| cause.out)
+    }
+
+    /// Asks all that the command started to end, waits for it, and kills what is left.
+    fn end_all(&mut self) {
+        self.child.signal(sys::SIGTERM);
+        let asked = Instant::now();
+        while asked.elapsed() < self.limits.grace && !IS_URGENT.load(SeqCst) {
+            // Who is heard is not dead. Who has left the session may hold a pipe of a command that is.
+            if self.quiet_turns > 0 && self.child.has_exited() && self.child.is_alone() {
+                break;
+            }
+            self.turn();
+        }
+        self.child.signal(sys::SIGKILL);
+    }
+
+    /// Why the command is to end.
+    fn cause(&self) -> Option<Cause> {
+        let timeout = self.limits.timeout;
+        let is_late = !timeout.is_zero() && self.started.elapsed() >= timeout;
+        if self.lost.is_some() {
+            Some(Cause { out: None, why: "" })
+        } else if self.has_broken_off {
+            Some(Cause { out: None, why: "the request's content broke off" })
+        } else if sys::is_ending() {
+            Some(Cause { out: Some("shutdown"), why: "the server is shutting down" })
+        } else if is_late && !self.child.has_exited() {
+            Some(Cause { out: Some("timeout"), why: "the command ran past --timeout" })
+        } else {
+            None
         }
     }
 
-    fn hear(&mut self) {
-        self.heard = Instant::now();
-        self.quiet_looks = 0;
-    }
-
-    fn pass_on(&mut self, source: usize, bytes: &[u8]) {
-        if self.limits.verbose {
-            let (name, peer, pid) = (SOURCES[source], self.client.peer, self.child.pid);
-            log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(bytes)));
-        }
-        self.stream.output(source, bytes);
+    /// Sends what there is, takes what comes, and looks after the client; a tick at the most. Returns why the
+    /// command is to end, if it is.
+    fn turn(&mut self) -> Option<Cause> {
+        self.send();
+        self.receive();
+        self.look_at_client();
+        self.cause()
     }
 
     /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
     /// away, so that the command can end.
     fn send(&mut self) {
-        let (mut socket, unsent) = (self.client.socket, self.stream.unsent());
-        if !unsent.is_empty() && self.lost.is_none() {
-            match socket.write(unsent) {
-                Ok(length) => {
-                    self.stream.forget(length);
-                    self.written = Instant::now();
-                }
-                Err(error) if is_passing(&error) => {}
-                // TCP_USER_TIMEOUT may be the first to notice a stall.
-                Err(error) if error.kind() == ErrorKind::TimedOut => self.lose("stalled"),
-                Err(_) => self.lose("gone"),
-            }
+        let mut socket = self.client.socket;
+        let unsent = self.stream.unsent();
+        let length = unsent.len();
+        if length == 0 || self.lost.is_some() {
+            return self.stream.forget(length);
         }
-        if self.lost.is_some() {
-            let length = self.stream.unsent().len();
-            self.stream.forget(length);
+        let is_last = sys::is_ending() && self.is_over.load(SeqCst);
+        let longest_stall = if is_last { LAST_STALL } else { self.limits.stall };
+        match socket.write(unsent) {
+            Ok(length) => {
+                self.stream.forget(length);
+                self.written = Instant::now();
+            }
+            Err(error) if is_passing(&error) => {
+                if self.written.elapsed() >= longest_stall {
+                    self.lost = Some("stalled");
+                }
+            }
+            // TCP_USER_TIMEOUT may be the first to notice a stall.
+            Err(error) if error.kind() == ErrorKind::TimedOut => self.lost = Some("stalled"),
+            Err(_) => self.lost = Some("gone"),
         }
     }
 
-    /// Looks at all that ends a command, once a tick; where its exit is all that is waited for, at that alone
-    /// each time.
-    fn look(&mut self) {
-        let is_due = self.looked.elapsed() >= TICK;
-        if is_due {
-            self.looked = Instant::now();
-            self.quiet_looks += 1;
-            self.look_at_client();
-            if sys::is_ending() {
-                self.end(Some("shutdown"), "the server is shutting down");
+    /// Waits for a message, and encodes what it brings, and others that are there by then: as much as makes
+    /// one write. A byte may be six when it is encoded.
+    fn receive(&mut self) {
+        if !self.stream.is_sent() {
+            // A client that does not take what there is keeps more from being read.
+            self.quiet_turns = 0;
+            return;
+        }
+        // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
+        let is_closed = self.open_outputs == 0;
+        let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
+        let first = self.messages.recv_timeout(wait.min(TICK)).ok();
+        let others = self.messages.try_iter().take(CHANNEL);
+        let messages: Vec<Message> = first.into_iter().chain(others).collect();
+        self.quiet_turns = if messages.is_empty() { self.quiet_turns + 1 } else { 0 };
+        for message in messages {
+            match message {
+                Message::Output(source, bytes) => self.pass_on(source, bytes),
+                Message::Ended => self.open_outputs -= 1,
+                Message::BrokeOff => self.has_broken_off = true,
             }
         }
-        if is_due || self.open_outputs == 0 {
-            self.look_at_command();
+    }
+
+    fn pass_on(&mut self, source: usize, bytes: Vec<u8>) {
+        if self.limits.verbose {
+            let (name, peer, pid) = (SOURCES[source], self.client.peer, self.child.pid);
+            log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(&bytes)));
         }
+        self.stream.output(source, bytes);
     }
 
     fn look_at_client(&mut self) {
         let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
         let has_left = is_half_closed && !self.stream.is_events;
-        let silence = self.written.elapsed();
-        if self.lost.is_some() {
-            // Nobody is there to be looked at.
-        } else if has_left || state & (POLLERR | POLLHUP) != 0 {
-            self.lose("gone");
-        } else if !self.stream.is_sent() {
-            // It is the client that pauses, not the command.
-            self.hear();
-            if silence >= self.longest_stall() {
-                self.lose("stalled");
-            }
-        } else if is_half_closed && self.probes < MOST_PROBES {
-            // A connection's end looks like a half-close. To a comment it answers with a reset, which the
-            // next look sees.
-            self.probes += 1;
+        if has_left || state & (POLLERR | POLLHUP) != 0 {
+            self.lost.get_or_insert("gone");
+        }
+        // A connection's end looks like a half-close. To a comment it answers with a reset, which a later
+        // look sees.
+        let is_in_doubt = is_half_closed && !self.is_probed;
+        // Plain text has nothing to say, unless input that nobody reads could hide the client's end.
+        let is_told = self.stream.is_events || state & POLLIN != 0;
+        let is_due = is_told && self.written.elapsed() >= self.limits.heartbeat;
+        if self.stream.is_sent() && (is_in_doubt || is_due) {
+            self.is_probed = is_half_closed;
             self.stream.comment();
-        } else if silence >= self.limits.heartbeat {
-            self.written = Instant::now();
-            // Plain text has nothing to say, unless input that nobody reads could hide the client's end.
-            if self.stream.is_events || state & POLLIN != 0 {
-                self.stream.comment();
-            }
-        }
-    }
-
-    fn look_at_command(&mut self) {
-        let (limits, has_exited) = (self.limits, self.child.has_exited());
-        match self.phase {
-            Phase::Running if has_exited => self.phase = Phase::Leftovers(Instant::now()),
-            Phase::Running => {
-                if !limits.timeout.is_zero() && self.started.elapsed() >= limits.timeout {
-                    self.end(Some("timeout"), "the command ran past --timeout");
-                }
-            }
-            Phase::Leftovers(since) => {
-                // Where the whole server was stopped for a while, a look comes before what was missed.
-                let is_sure = self.quiet_looks >= 3;
-                let is_quiet = is_sure && since.max(self.heard).elapsed() >= QUIET;
-                if is_quiet || since.elapsed() >= limits.grace {
-                    self.child.kill_group();
-                    self.phase = Phase::Killed(Instant::now());
-                }
-            }
-            Phase::Asked(since) => {
-                let is_late = since.elapsed() >= limits.grace || IS_URGENT.load(SeqCst);
-                if is_late {
-                    self.child.signal(sys::SIGKILL);
-                }
-                // Who has left the session may still hold a pipe of a command that has ended.
-                if is_late || (has_exited && self.child.is_alone()) {
-                    self.phase = Phase::Killed(Instant::now());
-                }
-            }
-            Phase::Killed(since) => {
-                if !has_exited && since.elapsed() >= KILL_TIME {
-                    self.stream.error("this server cannot kill the command, which goes on");
-                    self.phase = Phase::GivenUp;
-                }
-            }
-            Phase::GivenUp => {}
-        }
-    }
-
-    /// Asks the command to end, and tells the client why. The first reason counts.
-    fn end(&mut self, cause: Option<&'static str>, why: &str) {
-        if matches!(self.phase, Phase::Running | Phase::Leftovers(_)) {
-            self.phase = Phase::Asked(Instant::now());
-            self.cause = cause;
-            self.child.signal(sys::SIGTERM);
-            self.stream.error(why);
-        }
-    }
-
-    fn lose(&mut self, how: &'static str) {
-        self.lost = Some(how);
-        self.end(None, "");
-    }
-
-    /// How long the client may take nothing.
-    fn longest_stall(&self) -> Duration {
-        match self.phase {
-            Phase::Running | Phase::Asked(_) => self.limits.stall,
-            _ if sys::is_ending() => LAST_STALL,
-            _ => self.limits.stall,
         }
     }
 
     /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
     /// the client got it.
-    fn finish(mut self, place: Place) -> bool {
+    fn finish(mut self, why_ended: Option<&'static str>, place: Counted) -> bool {
         let ms = self.started.elapsed().as_millis();
-        let mut status = None;
-        if self.phase != Phase::GivenUp {
-            status = self.child.reap().ok();
-        }
+        let status = self.child.reap();
         drop(place);
-        let out = match status {
-            None => LEFT,
-            Some(status) => self.cause.unwrap_or(how_it_ended(status)),
-        };
-        self.stream.exit(out, status, ms);
+        let code = status.and_then(|status| status.code());
+        let signal = status.and_then(|status| status.signal());
+        let mut out = why_ended.unwrap_or(if signal.is_some() { "killed" } else { "exited" });
+        if status.is_none() {
+            out = "left";
+            self.stream.error("this server cannot kill the command, which goes on");
+        }
+        let numbers = self.stream.exit(out, code, signal, ms);
         while !self.stream.is_sent() {
             self.send();
-            if self.looked.elapsed() >= TICK {
-                self.looked = Instant::now();
-                self.look_at_client();
-            }
         }
-        let logged = if out == LEFT { LEFT } else { self.lost.unwrap_or(out) };
-        self.log_exit(logged, status, ms);
-        if self.phase == Phase::GivenUp {
-            self.child.abandon();
+        if out != "left" {
+            out = self.lost.unwrap_or(out);
         }
+        let (peer, pid) = (self.client.peer, self.child.pid);
+        log::line(format_args!("exit peer={peer} pid={pid} out={out}{numbers}"));
         self.lost.is_none()
     }
-
-    fn log_exit(&self, out: &str, status: Option<ExitStatus>, ms: u128) {
-        let number = match status.map(|status| (status.code(), status.signal())) {
-            Some((Some(code), _)) => format!(" code={code}"),
-            Some((None, signal)) => format!(" signal={}", signal.unwrap_or(0)),
-            None => String::new(),
-        };
-        let ([stdout, stderr], peer, pid) = (self.stream.bytes, self.client.peer, self.child.pid);
-        let bytes = format!("stdout_bytes={stdout} stderr_bytes={stderr}");
-        log::line(format_args!("exit peer={peer} pid={pid} out={out}{number} ms={ms} {bytes}"));
-    }
-}
-
-fn how_it_ended(status: ExitStatus) -> &'static str {
-    if status.signal().is_some() { "killed" } else { "exited" }
 }

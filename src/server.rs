@@ -1,6 +1,7 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::{config::Config, connection, log, pipes::TICK, run::IS_URGENT, run::RUNNING, sys};
+use crate::run::{Counted, IS_URGENT, RUNNING};
+use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
 use std::time::{Duration, Instant};
@@ -46,15 +47,6 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     Ok(())
 }
 
-/// Counted among the connections until it is dropped.
-struct Counted;
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        CONNECTIONS.fetch_sub(1, SeqCst);
-    }
-}
-
 /// Serves a client in a thread of its own. Where none is to be had, the client waits for one, and with it all
 /// who come later: whatever ends gives one back.
 fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
@@ -62,7 +54,7 @@ fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
     let socket = Arc::new(socket);
     while !sys::is_ending() {
         CONNECTIONS.fetch_add(1, SeqCst);
-        let counted = Counted;
+        let counted = Counted(&CONNECTIONS);
         let (config, socket) = (config.clone(), socket.clone());
         let serve = move || {
             let _counted = counted;

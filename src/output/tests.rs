@@ -3,10 +3,6 @@ use super::*;
 const STDOUT: usize = 0;
 const STDERR: usize = 1;
 
-fn exit(raw: i32) -> Option<ExitStatus> {
-    Some(ExitStatus::from_raw(raw))
-}
-
 /// The events of a stream, as (event, data) pairs, checked for their form and numbering.
 fn events(stream: &[u8]) -> Vec<(String, String)> {
     let text = std::str::from_utf8(stream).unwrap();
@@ -71,9 +67,9 @@ fn sent(stream: &mut Stream) -> Vec<u8> {
 fn decoded(pieces: &[&[u8]]) -> String {
     let mut stream = stream();
     for piece in pieces {
-        stream.output(STDOUT, piece);
+        stream.output(STDOUT, piece.to_vec());
     }
-    stream.exit("exited", exit(0), 0);
+    stream.exit("exited", Some(0), None, 0);
     let mut events = events(&sent(&mut stream));
     assert_eq!(events.pop().map(|last| last.0).as_deref(), Some("exit"));
     let texts = events.iter().map(|(_, data)| unescape(data));
@@ -84,11 +80,11 @@ fn decoded(pieces: &[&[u8]]) -> String {
 fn the_contract_s_example() {
     let mut stream = stream();
     stream.start(4711, Duration::from_secs(15));
-    stream.output(STDOUT, b"total 12\n");
-    stream.output(STDERR, b"ls: x: No such file or directory\n");
+    stream.output(STDOUT, b"total 12\n".to_vec());
+    stream.output(STDERR, b"ls: x: No such file or directory\n".to_vec());
     stream.error("a \"word\"");
-    stream.exit("exited", exit(2 << 8), 6);
-    stream.exit("killed", exit(9), 7);
+    stream.exit("exited", Some(2), None, 6);
+    stream.exit("killed", None, Some(9), 7);
     let expected = [
         ("start", r#"{"type":"start","pid":4711,"heartbeat":15}"#),
         ("stdout", r#"{"type":"stdout","out":"total 12\n"}"#),
@@ -157,11 +153,11 @@ fn a_text_split_anywhere_decodes_the_same() {
 #[test]
 fn stdout_and_stderr_carry_apart() {
     let mut stream = stream();
-    stream.output(STDOUT, b"\xe2\x82");
-    stream.output(STDERR, b"\xc3");
+    stream.output(STDOUT, b"\xe2\x82".to_vec());
+    stream.output(STDERR, b"\xc3".to_vec());
     assert_eq!(sent(&mut stream), b"");
-    stream.output(STDOUT, b"\xac");
-    stream.output(STDERR, b"\xa9");
+    stream.output(STDOUT, b"\xac".to_vec());
+    stream.output(STDERR, b"\xa9".to_vec());
     let expected = [
         ("stdout", "{\"type\":\"stdout\",\"out\":\"\u{20ac}\"}"),
         ("stderr", "{\"type\":\"stderr\",\"out\":\"\u{e9}\"}"),
@@ -175,46 +171,46 @@ fn stdout_and_stderr_carry_apart() {
 #[test]
 fn what_is_sent_at_once_is_a_chunk() {
     let mut stream = Stream::new(false, true, b"head ".to_vec());
-    stream.output(STDOUT, &[b'x'; 300]);
-    stream.output(STDERR, b"y");
+    stream.output(STDOUT, [b'x'; 300].to_vec());
+    stream.output(STDERR, b"y".to_vec());
     let expected = [b"head 12d\r\n", &[b'x'; 300][..], b"y\r\n"].concat();
     assert_eq!(stream.unsent(), expected);
     // What the client did not take stays, and the next chunk comes behind it.
     stream.forget(300);
-    stream.output(STDOUT, b"z");
+    stream.output(STDOUT, b"z".to_vec());
     let expected = [&expected[300..], b"1\r\nz\r\n"].concat();
     assert_eq!(sent(&mut stream), expected);
     stream.error("not in plain text");
     assert_eq!(sent(&mut stream), b"");
-    stream.exit("exited", exit(3 << 8), 0);
+    stream.exit("exited", Some(3), None, 0);
     assert_eq!(sent(&mut stream), b"0\r\nExit-Code: 3\r\n\r\n");
     assert!(stream.is_sent());
     let mut stream = Stream::new(false, true, Vec::new());
-    stream.exit("killed", exit(15), 0);
+    stream.exit("killed", None, Some(15), 0);
     assert_eq!(sent(&mut stream), b"0\r\nExit-Signal: 15\r\n\r\n");
     let mut stream = Stream::new(false, true, Vec::new());
-    stream.exit("left", None, 0);
+    stream.exit("left", None, None, 0);
     assert_eq!(sent(&mut stream), b"0\r\n\r\n");
     let mut stream = Stream::new(false, false, Vec::new());
-    stream.output(STDOUT, b"old");
-    stream.exit("exited", exit(0), 0);
+    stream.output(STDOUT, b"old".to_vec());
+    stream.exit("exited", Some(0), None, 0);
     assert_eq!(sent(&mut stream), b"old");
 }
 
 #[test]
 fn silence_is_told_by_comments_or_by_zeros() {
     let mut stream = Stream::new(true, true, Vec::new());
-    stream.output(STDOUT, b"\xc3");
+    stream.output(STDOUT, b"\xc3".to_vec());
     assert_eq!(sent(&mut stream), b"");
     stream.comment();
     assert_eq!(sent(&mut stream), b"2\r\n:\n\r\n");
     let mut stream = Stream::new(false, true, Vec::new());
     (0..20).for_each(|_| stream.comment());
     assert_eq!(sent(&mut stream), b"00000000");
-    stream.output(STDOUT, b"x");
+    stream.output(STDOUT, b"x".to_vec());
     assert_eq!(sent(&mut stream), b"1\r\nx\r\n");
     stream.comment();
-    stream.exit("exited", exit(0), 0);
+    stream.exit("exited", Some(0), None, 0);
     assert_eq!(sent(&mut stream), b"00\r\nExit-Code: 0\r\n\r\n");
     let mut stream = Stream::new(false, false, Vec::new());
     stream.comment();
@@ -225,9 +221,9 @@ fn silence_is_told_by_comments_or_by_zeros() {
 fn what_cannot_be_killed_has_no_number() {
     let mut stream = stream();
     stream.start(1, Duration::from_millis(500));
-    stream.exit("left", None, 9);
+    stream.exit("left", None, None, 9);
     let expected = [
-        ("start", r#"{"type":"start","pid":1,"heartbeat":0.500}"#),
+        ("start", r#"{"type":"start","pid":1,"heartbeat":0.5}"#),
         (
             "exit",
             r#"{"type":"exit","out":"left","code":null,"signal":null,"ms":9,"stdout_bytes":0,"stderr_bytes":0}"#,

@@ -881,6 +881,26 @@ fn nothing_follows_exit() {
     assert!(complete.into_inner() > 0);
 }
 
+/// Not even a comment by which a client that has finished sending is asked whether it is there: the first look at it
+/// comes after a tenth of a second, about when these commands end.
+#[test]
+fn nothing_follows_the_last_chunk() {
+    let server = Server::start(&[]);
+    at_once(0..12, |thread| {
+        for round in 0..40 {
+            let millis = 88.0 + 0.5 * f64::from((round * 7 + thread) % 30);
+            let mut client = server.connect();
+            let (target, host) =
+                (run_target(&format!("sleep {}", millis / 1000.0)), &server.address);
+            client.write(format!("GET {target} HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+            client.half_close();
+            client.head();
+            client.rest();
+            assert!(client.is_closed(), "{millis} ms");
+        }
+    });
+}
+
 /// It is the client that pauses then, not the output of what the command left running.
 #[test]
 fn leftovers_are_not_taken_for_quiet_while_the_client_pauses() {
@@ -948,4 +968,52 @@ fn root_a_number_that_was_given_again_is_not_hit() {
     server.session_has(4);
     server.logged(&["exit", "out=gone", "signal=9"]);
     assert_eq!(server.session().len(), 2);
+}
+
+/// A client that does not read, and for which `exit` waits in the server: its command is reaped. How much is to be
+/// printed for that is tried, since what the system holds of it differs.
+fn client_that_keeps_exit_waiting(server: &Server) -> (Client, u32) {
+    let mut length = room_of_an_idle_client(&Server::start(&[])) - 200_000;
+    for _ in 0..40 {
+        server.session_has(0);
+        let (client, pid) = server.begin(&format!("head -c {length} /dev/zero"));
+        std::thread::sleep(Duration::from_millis(400));
+        if server.log().contains(&format!(" pid={pid} out=")) {
+            length += 11_000;
+        } else if !server.children().is_empty() {
+            length -= 17_000;
+        } else {
+            return (client, pid);
+        }
+    }
+    panic!("no length keeps exit waiting");
+}
+
+/// Nor is a group whose leader was reaped, when the client leaves while `exit` waits for it.
+#[test]
+#[ignore = "needs root and util-linux, and a kernel that lets numbers be chosen"]
+fn root_a_group_that_got_the_number_of_a_reaped_one_is_not_hit() {
+    let mut command = Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
+    command.args(program());
+    command.args(["--listen", "127.0.0.1:0"]);
+    let server = Server::start_below(command, 1);
+    let (client, number) = client_that_keeps_exit_waiting(&server);
+    // On one connection, and once this command's readers are there: no other thread takes the number.
+    let number_before = number - 1;
+    let choose = format!("sh -c 'sleep 0.5; echo {number_before} >/proc/sys/kernel/ns_last_pid'");
+    let (mut bystander, _) = server.begin(&choose);
+    assert_eq!(outcome(&bystander.rest()), "exited:0");
+    bystander.write(format!(
+        "GET {} HTTP/1.1\r\nHost: {}\r\n\r\n",
+        run_target("sleep 1000"),
+        server.address
+    ));
+    assert_eq!(bystander.started(), number);
+    drop(client);
+    server.logged(&["exit", &format!(" pid={number} "), "out=gone"]);
+    // Time enough for a signal to arrive, and be told.
+    std::thread::sleep(Duration::from_millis(300));
+    signal_process(server.children()[0], "USR1");
+    assert_eq!(outcome(&bystander.rest()), "killed:10");
 }
