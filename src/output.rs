@@ -146,10 +146,10 @@ impl Stream {
     fn event(&mut self, event: &str, data: impl Display) {
         if self.is_events {
             self.last_event += 1;
-            let (millis, number) = (unix_millis(), self.last_event);
+            let id = format!("{}-{}", unix_millis(), self.last_event);
             let kind = if event == "err" { "error" } else { event };
-            let head = format_args!("id: {millis}-{number}\nevent: {event}\n");
-            let _ = write!(self.content, "{head}data: {{\"type\":\"{kind}\",{data}");
+            let begin = format!("id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{data}");
+            self.content.extend(begin.as_bytes());
         }
     }
 }

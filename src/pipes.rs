@@ -44,8 +44,9 @@ pub type Content<'a> = Take<Chain<&'a [u8], &'a TcpStream>>;
 /// Reads a pipe to its end. Once `is_over`, only what is in it at that moment.
 pub fn read(mut pipe: impl Read + AsFd, source: usize, run: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&pipe);
-    let mut buffer = vec![0; FIRST_BUFFER];
-    let mut last_bytes = 0;
+    // A pipe that stays silent gets no buffer.
+    while sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 && !is_over.load(SeqCst) {}
+    let (mut buffer, mut last_bytes) = (vec![0; FIRST_BUFFER], 0);
     while last_bytes <= MOST_IN_PIPE {
         let is_last = is_over.load(SeqCst);
         match pipe.read(&mut buffer) {

@@ -23,8 +23,6 @@ use std::{net::SocketAddr, net::TcpStream, thread};
 
 /// Messages, one from each reader, of up to 32 KiB.
 const CHANNEL: usize = 2;
-/// Messages that go out in one write. A byte may be six when it is encoded.
-const MOST_TAKEN: usize = 3;
 /// Ticks without a word after which what a command left running is quiet, and its stream ends. Counted, since
 /// a clock goes on while the whole server is stopped.
 const QUIET_TICKS: u32 = 3;
@@ -164,8 +162,7 @@ impl Run<'_> {
         self.stream.start(self.child.pid, self.limits.heartbeat);
         let mut cause = None;
         while cause.is_none() && !self.child.has_exited() {
-            self.turn();
-            cause = self.cause();
+            cause = self.turn();
         }
         // What it left running in its group may still write for a moment.
         let exited = Instant::now();
@@ -175,8 +172,7 @@ impl Run<'_> {
             && self.quiet_turns < QUIET_TICKS
             && exited.elapsed() < self.limits.grace
         {
-            self.turn();
-            cause = self.cause();
+            cause = self.turn();
         }
         match &cause {
             None => self.child.kill_group(),
@@ -225,11 +221,13 @@ impl Run<'_> {
         }
     }
 
-    /// Sends what there is, takes what comes, and looks after the client; a tick at the most.
-    fn turn(&mut self) {
+    /// Sends what there is, takes what comes, and looks after the client; a tick at the most. Returns why the
+    /// command is to end, if it is.
+    fn turn(&mut self) -> Option<Cause> {
         self.send();
         self.receive();
         self.look_at_client();
+        self.cause()
     }
 
     /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
@@ -259,7 +257,8 @@ impl Run<'_> {
         }
     }
 
-    /// Waits for a message, and encodes what it brings, and others that are there.
+    /// Waits for a message, and encodes what it brings, and others that are there by then: as much as makes
+    /// one write. A byte may be six when it is encoded.
     fn receive(&mut self) {
         if !self.stream.is_sent() {
             // A client that does not take what there is keeps more from being read.
@@ -269,28 +268,25 @@ impl Run<'_> {
         // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
         let is_closed = self.open_outputs == 0;
         let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
-        let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
-        self.quiet_turns = if next.is_some() { 0 } else { self.quiet_turns + 1 };
-        let mut taken = 0;
-        while let Some(message) = next {
-            self.take(message);
-            taken += 1;
-            next = if taken < MOST_TAKEN { self.messages.try_recv().ok() } else { None };
+        let first = self.messages.recv_timeout(wait.min(TICK)).ok();
+        let others = self.messages.try_iter().take(CHANNEL);
+        let messages: Vec<Message> = first.into_iter().chain(others).collect();
+        self.quiet_turns = if messages.is_empty() { self.quiet_turns + 1 } else { 0 };
+        for message in messages {
+            match message {
+                Message::Output(source, bytes) => self.pass_on(source, bytes),
+                Message::Ended => self.open_outputs -= 1,
+                Message::BrokeOff => self.has_broken_off = true,
+            }
         }
     }
 
-    fn take(&mut self, message: Message) {
-        match message {
-            Message::Output(source, bytes) => {
-                if self.limits.verbose {
-                    let (name, peer, pid) = (SOURCES[source], self.client.peer, self.child.pid);
-                    log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(&bytes)));
-                }
-                self.stream.output(source, bytes);
-            }
-            Message::Ended => self.open_outputs -= 1,
-            Message::BrokeOff => self.has_broken_off = true,
+    fn pass_on(&mut self, source: usize, bytes: Vec<u8>) {
+        if self.limits.verbose {
+            let (name, peer, pid) = (SOURCES[source], self.client.peer, self.child.pid);
+            log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(&bytes)));
         }
+        self.stream.output(source, bytes);
     }
 
     fn look_at_client(&mut self) {
