@@ -975,13 +975,18 @@ fn root_a_number_that_was_given_again_is_not_hit() {
 fn client_that_keeps_exit_waiting(server: &Server) -> (Client, u32) {
     let mut length = room_of_an_idle_client(&Server::start(&[])) - 200_000;
     for _ in 0..40 {
-        server.session_has(0);
+        wait_for("the last one to be reaped", || server.children().is_empty());
         let (client, pid) = server.begin(&format!("head -c {length} /dev/zero"));
-        std::thread::sleep(Duration::from_millis(400));
-        if server.log().contains(&format!(" pid={pid} out=")) {
-            length += 11_000;
-        } else if !server.children().is_empty() {
+        let start = Instant::now();
+        while !server.children().is_empty() && start.elapsed() < Duration::from_secs(1) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let is_reaped = server.children().is_empty();
+        std::thread::sleep(Duration::from_millis(200));
+        if !is_reaped {
             length -= 17_000;
+        } else if server.log().contains(&format!(" pid={pid} out=")) {
+            length += 11_000;
         } else {
             return (client, pid);
         }
