@@ -839,7 +839,7 @@ fn has_exited(pid: u32) {
 fn a_client_that_pauses_gets_all_that_was_written() {
     let server = Server::start(&["--grace", "0.2"]);
     let room = room_of_an_idle_client(&server);
-    at_once([room - 40_000, room - 100_000], |length| {
+    at_once([room - 100_000, room - 140_000], |length| {
         let (mut client, pid) = server.begin(&format!("head -c {length} /dev/zero"));
         has_exited(pid);
         std::thread::sleep(Duration::from_secs(1));

@@ -665,9 +665,13 @@ pub fn children_of(parent: u32) -> Vec<u32> {
 }
 
 fn only_child_of(parent: u32) -> u32 {
-    let mut children = children_of(parent);
-    children.retain(|&pid| is_alive(pid));
-    assert_eq!(children.len(), 1, "children of {parent}");
+    let mut children = Vec::new();
+    // Another may be about to end, as the rest of a shell's pipeline, or this one to begin.
+    wait_for(&format!("{parent} to have one child"), || {
+        children = children_of(parent);
+        children.retain(|&pid| is_alive(pid));
+        children.len() == 1
+    });
     children[0]
 }
 
