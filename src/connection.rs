@@ -100,7 +100,8 @@ impl Connection<'_> {
         request.read(&mut self.input)?;
         self.rules.check_caller(request, self.local)?;
         let context = Context { request, rules: self.rules };
-        let answer = match (request.method.as_str(), request.path_and_query().0) {
+        let (path, _) = request.path_and_query();
+        let answer = match (request.method.as_str(), path) {
             ("OPTIONS", "/run") => context.head(NO_CONTENT, "Allow: GET, HEAD, POST, OPTIONS\r\n"),
             ("OPTIONS", _) => context.head(NO_CONTENT, "Allow: GET, HEAD, OPTIONS\r\n"),
             (_, "/run") => return self.run(request),
@@ -113,7 +114,8 @@ impl Connection<'_> {
 
     /// Runs a command, which is in the query, or in the content, a form.
     fn run(&mut self, request: &mut Request) -> Result<(), Refusal> {
-        let mut fields = form_fields(request.path_and_query().1.as_bytes())?;
+        let (_, query) = request.path_and_query();
+        let mut fields = form_fields(query.as_bytes())?;
         if policy::is_reconnect(request, &fields) {
             // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
             return self.write(&Context { request, rules: self.rules }.head(NO_CONTENT, ""));
@@ -130,16 +132,17 @@ impl Connection<'_> {
         // The content, unless it was the form, is the command's standard input.
         let length = request.content_length;
         let is_fed = request.method == "POST" && request.form.is_empty() && length > 0;
-        let before = if is_fed && request.expects_continue() { CONTINUE } else { "" };
+        let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
         let (is_events, is_chunked) = (request.wants_events(), request.minor_version > 0);
-        let stream = Stream::new(is_events, is_chunked, [before.as_bytes(), &head].concat());
+        let stream = Stream::new(is_events, is_chunked, [interim.as_bytes(), &head].concat());
         let content = self.input.buffer().chain(self.client.socket).take(length);
         let content = if is_fed { Some(content) } else { None };
         match run::run(&command, &words, content, &self.client, self.limits, stream) {
+            Ok(is_sent) => ensure(is_sent, refusal::GONE),
             Err(refusal) if is_events && refusal.status != 503 => {
                 self.tell_failure(&refusal, Stream::new(true, is_chunked, head))
             }
-            done => ensure(done?, refusal::GONE),
+            Err(refusal) => Err(refusal),
         }
     }
 

@@ -59,9 +59,8 @@ impl Context<'_> {
     /// The head of a command's stream.
     pub fn stream_head(&self) -> Vec<u8> {
         let is_events = self.request.wants_events();
-        let media_type = if is_events { EVENTS } else { PLAIN };
-        let mut fields =
-            format!("{media_type}Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n");
+        let mut fields = String::from(if is_events { EVENTS } else { PLAIN });
+        fields += "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
         if self.request.minor_version > 0 {
             fields += "Transfer-Encoding: chunked\r\n";
             if !is_events {
@@ -74,8 +73,7 @@ impl Context<'_> {
     /// The status line and the fields, with those that every response has.
     pub fn head(&self, status: &str, fields: &str) -> Vec<u8> {
         let date = clock::imf_fixdate(clock::unix_millis());
-        let closes = self.request.ends_connection();
-        let connection = if closes { "close" } else { "keep-alive" };
+        let connection = if self.request.ends_connection() { "close" } else { "keep-alive" };
         let mut head = format!("HTTP/1.1 {status}\r\nDate: {date}\r\nConnection: {connection}\r\n");
         if let Some(origin) = self.rules.foreign_origin(self.request) {
             head += &format!("Access-Control-Allow-Origin: {origin}\r\n{FOREIGN_FIELDS}");
