@@ -6,7 +6,7 @@ use crate::pipes::{TICK, is_passing};
 use crate::policy::{self, Rules};
 use crate::refusal::{self, Refusal, ensure};
 use crate::request::{FormFields, Request, form_fields, percent_decode};
-use crate::response::{CONTINUE, Context, NO_CONTENT, OK, PAGE, PAGE_FIELDS, PLAIN, USAGE};
+use crate::response::{CONTINUE, Context, NO_CONTENT, PAGE, PAGE_FIELDS, PLAIN, USAGE};
 use crate::run::{self, Client, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -105,9 +105,9 @@ impl Connection<'_> {
             ("OPTIONS", "/run") => context.head(NO_CONTENT, "Allow: GET, HEAD, POST, OPTIONS\r\n"),
             ("OPTIONS", _) => context.head(NO_CONTENT, "Allow: GET, HEAD, OPTIONS\r\n"),
             (_, "/run") => return self.run(request),
-            (_, "/commands") => context.whole(OK, PLAIN, self.rules.listed().as_bytes()),
-            _ if request.accepts("text/html") => context.whole(OK, PAGE_FIELDS, PAGE),
-            _ => context.whole(OK, PLAIN, USAGE.as_bytes()),
+            (_, "/commands") => context.whole("200 OK", PLAIN, self.rules.listed().as_bytes()),
+            _ if request.accepts("text/html") => context.whole("200 OK", PAGE_FIELDS, PAGE),
+            _ => context.whole("200 OK", PLAIN, USAGE.as_bytes()),
         };
         self.write(&answer)
     }
@@ -120,7 +120,8 @@ impl Connection<'_> {
             // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
             return self.write(&Context { request, rules: self.rules }.head(NO_CONTENT, ""));
         }
-        if request.method == "POST" && policy::has_no_command(&fields) {
+        let has_no_command = fields.iter().all(|(name, _)| policy::is_of_reconnect(name));
+        if request.method == "POST" && has_no_command {
             fields = self.read_form(request)?;
         }
         let command = policy::command_of(fields)?;

@@ -138,13 +138,8 @@ pub fn is_reconnect(request: &Request, query: &FormFields) -> bool {
 }
 
 /// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
-fn is_of_reconnect(name: &[u8]) -> bool {
+pub fn is_of_reconnect(name: &[u8]) -> bool {
     matches!(name, b"lastEventId" | b"evs_last_event_id")
-}
-
-/// Whether a query leaves the command to a form: it has none, nor any field that it would be refused for.
-pub fn has_no_command(query: &FormFields) -> bool {
-    query.iter().all(|(name, _)| is_of_reconnect(name))
 }
 
 /// Whether the content can be the form that holds the command. None at all counts as an empty one.

@@ -138,11 +138,13 @@ impl Request {
         let expect = self.field("expect").unwrap_or("100-continue");
         let is_met = expect.eq_ignore_ascii_case("100-continue") || self.minor_version == 0;
         ensure(is_met, refusal::EXPECT)?;
-        // A second one would make it a list, with a comma. HTTP/1.0 may have none.
+        // A second one would make it a list, with a comma.
         let is_of_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+;=:[]".contains(c);
-        let host = self.field("host").unwrap_or_default();
-        let is_good = !host.is_empty() && host.chars().all(is_of_host);
-        ensure(is_good || self.minor_version == 0, refusal::HOST)
+        let is_good = match self.field("host") {
+            Some(host) => !host.is_empty() && host.chars().all(is_of_host),
+            None => self.minor_version == 0,
+        };
+        ensure(is_good, refusal::HOST)
     }
 }
 

@@ -2,7 +2,6 @@
 
 use crate::{clock, policy::Rules, refusal::Refusal, request::Request};
 
-pub const OK: &str = "200 OK";
 pub const NO_CONTENT: &str = "204 No Content";
 pub const CONTINUE: &str = "HTTP/1.1 100 Continue\r\n\r\n";
 
@@ -67,7 +66,7 @@ impl Context<'_> {
                 fields += "Trailer: Exit-Code, Exit-Signal\r\n";
             }
         }
-        self.head(OK, &fields)
+        self.head("200 OK", &fields)
     }
 
     /// The status line and the fields, with those that every response has.

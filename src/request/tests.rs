@@ -274,4 +274,6 @@ fn hosts() {
     for bad in ["", "a b", "a/b", "a@b", "a\tb", "a,b", "\u{e9}", "a\r\nHost: a", "a\r\nHost:"] {
         assert_eq!(host(bad), Err(refusal::HOST), "{bad}");
     }
+    assert_eq!(parse(b"GET / HTTP/1.0\r\n\r\n").err(), None);
+    assert_eq!(parse(b"GET / HTTP/1.0\r\nHost:\r\n\r\n").err(), Some(refusal::HOST));
 }
