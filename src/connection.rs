@@ -101,6 +101,7 @@ impl Connection<'_> {
         self.rules.check_caller(request, self.local)?;
         let context = Context { request, rules: self.rules };
         let (path, _) = request.path_and_query();
+        // The rules let no other method or path pass.
         let answer = match (request.method.as_str(), path) {
             ("OPTIONS", "/run") => context.head(NO_CONTENT, "Allow: GET, HEAD, POST, OPTIONS\r\n"),
             ("OPTIONS", _) => context.head(NO_CONTENT, "Allow: GET, HEAD, OPTIONS\r\n"),
