@@ -3,17 +3,18 @@
 use crate::log::{self, quoted, quoted_as_sent};
 use crate::output::Stream;
 use crate::pipes::{TICK, is_passing};
-use crate::policy::{CommandLine, Rules, Verdict};
+use crate::policy::{self, Rules};
 use crate::refusal::{self, Refusal, ensure};
-use crate::request::{Request, form_fields, percent_decode};
-use crate::response::{CONTINUE, Context, PAGE, PAGE_FIELDS, PLAIN, USAGE};
+use crate::request::{FormFields, Request, form_fields, percent_decode};
+use crate::response::{CONTINUE, Context, NO_CONTENT, PAGE, PAGE_FIELDS, PLAIN, USAGE};
 use crate::run::{self, Client, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-/// In which a head must have arrived whole, and a form, however it trickles; and a next request begun.
+/// In which a request must have begun, and then its head have arrived whole, and then a form, however they
+/// trickle.
 const ARRIVAL_TIME: Duration = Duration::from_secs(5);
 /// How long a client may go on sending after an answer that ends the connection.
 const LINGER_TIME: Duration = Duration::from_secs(2);
@@ -21,12 +22,8 @@ const LINGER_TIME: Duration = Duration::from_secs(2);
 const BUFFER: usize = 1 << 10;
 
 /// Serves a client until it or the server ends the connection, or the connection fails.
-pub fn serve(
-    socket: &TcpStream,
-    peer: SocketAddr,
-    rules: &Rules,
-    limits: &Limits,
-) -> io::Result<()> {
+pub fn serve(client: Client, rules: &Rules, limits: &Limits) -> io::Result<()> {
+    let socket = client.socket;
     let local = socket.local_addr()?.ip().to_canonical();
     // Each wait is a tick, so that whoever waits sees what else has happened.
     socket.set_read_timeout(Some(TICK))?;
@@ -34,16 +31,10 @@ pub fn serve(
     // Without it a client that keeps the connection waits for its second answer for 40 ms.
     socket.set_nodelay(true)?;
     sys::notice_dead_peer(socket, limits.heartbeat, limits.stall);
-    let client = Client { socket, peer };
-    let deadline = Instant::now() + ARRIVAL_TIME;
-    let input = BufReader::with_capacity(BUFFER, Input { socket, deadline });
+    let input = BufReader::with_capacity(BUFFER, Input { socket, deadline: Instant::now() });
     let mut connection = Connection { client, local, rules, limits, input };
-    while connection.exchange() {
-        // The next request may begin so late, and then has as much time as the first one.
-        connection.allow(ARRIVAL_TIME);
-        connection.input.fill_buf()?;
-        connection.allow(ARRIVAL_TIME);
-    }
+    while connection.has_request()? && connection.exchange() {}
+    connection.linger();
     Ok(())
 }
 
@@ -68,16 +59,13 @@ impl Read for Input<'_> {
     }
 }
 
-/// Repeats a call that waits for a tick, until it has done something. Fails with `TimedOut` where the deadline
-/// has passed, also for who sends a byte now and then; otherwise at the server's end.
+/// Repeats a call that waits for a tick, until it has done something, or the server ends. Fails with `TimedOut`
+/// where the deadline has passed, also for who sends a byte now and then.
 fn try_until(deadline: Instant, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     while Instant::now() < deadline {
         match call() {
-            Err(error) if is_passing(&error) => {}
+            Err(error) if is_passing(&error) && !sys::is_ending() => {}
             done => return done,
-        }
-        if sys::is_ending() {
-            return Err(ErrorKind::ConnectionAborted.into());
         }
     }
     Err(ErrorKind::TimedOut.into())
@@ -89,123 +77,126 @@ impl Connection<'_> {
         self.input.get_mut().deadline = Instant::now() + time;
     }
 
+    /// Waits for a request to begin, or the client to end. What has begun has as much time again to arrive.
+    fn has_request(&mut self) -> io::Result<bool> {
+        self.allow(ARRIVAL_TIME);
+        let has_begun = !self.input.fill_buf()?.is_empty();
+        self.allow(ARRIVAL_TIME);
+        Ok(has_begun)
+    }
+
     /// A request and its answer. Returns whether another request may follow.
     fn exchange(&mut self) -> bool {
         let mut request = Request::default();
-        let is_answered = match self.answer(&mut request) {
-            Ok(is_answered) => is_answered,
-            Err(refusal) if refusal == refusal::GONE => false,
-            Err(refusal) => self.refuse(&request, &refusal),
+        let answered = match self.answer(&mut request) {
+            Err(refusal) if refusal != refusal::GONE => self.refuse(&request, &refusal),
+            answered => answered,
         };
-        let ends = request.ends_connection() || sys::is_ending();
-        if is_answered && ends {
-            self.linger();
-        }
-        is_answered && !ends
+        answered.is_ok() && !request.ends_connection() && !sys::is_ending()
     }
 
-    /// Reads a request into an empty one, and answers it, unless it is refused. Returns whether the client got
-    /// the whole answer.
-    fn answer(&mut self, request: &mut Request) -> Result<bool, Refusal> {
+    /// Reads a request into an empty one, and answers it, unless it is refused.
+    fn answer(&mut self, request: &mut Request) -> Result<(), Refusal> {
         request.read(&mut self.input)?;
-        let verdict = self.rules.judge(request, self.local)?;
-        if verdict == Verdict::ReadForm {
-            self.read_form(request)?;
-        }
-        let context = self.context(request);
-        let answer = match verdict {
-            Verdict::Page if request.accepts("text/html") => context.whole(200, PAGE_FIELDS, PAGE),
-            Verdict::Page => context.whole(200, PLAIN, USAGE.as_bytes()),
-            Verdict::Commands => context.whole(200, PLAIN, self.rules.listed().as_bytes()),
-            Verdict::Methods(methods) => context.methods(methods),
-            // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
-            Verdict::Reconnect => context.head(204, ""),
-            Verdict::Run(_) if request.method == "HEAD" => context.stream_head(),
-            Verdict::Run(command) => return self.run(&context, &command),
-            Verdict::ReadForm => {
-                let command = self.rules.command(form_fields(&request.form)?)?;
-                return self.run(&context, &command);
-            }
+        self.rules.check_caller(request, self.local)?;
+        let context = Context { request, rules: self.rules };
+        let (path, _) = request.path_and_query();
+        // The rules let no other method or path pass.
+        let answer = match (request.method.as_str(), path) {
+            ("OPTIONS", "/run") => context.head(NO_CONTENT, "Allow: GET, HEAD, POST, OPTIONS\r\n"),
+            ("OPTIONS", _) => context.head(NO_CONTENT, "Allow: GET, HEAD, OPTIONS\r\n"),
+            (_, "/run") => return self.run(request),
+            (_, "/commands") => context.whole("200 OK", PLAIN, self.rules.listed().as_bytes()),
+            _ if request.accepts("text/html") => context.whole("200 OK", PAGE_FIELDS, PAGE),
+            _ => context.whole("200 OK", PLAIN, USAGE.as_bytes()),
         };
-        Ok(self.write(&answer))
+        self.write(&answer)
     }
 
-    /// Reads the form that holds the command; the rules have let no long one pass.
-    fn read_form(&mut self, request: &mut Request) -> Result<(), Refusal> {
-        if request.expects_continue() && !self.write(CONTINUE.as_bytes()) {
-            return Err(refusal::GONE);
+    /// Runs a command, which is in the query, or in the content, a form.
+    fn run(&mut self, request: &mut Request) -> Result<(), Refusal> {
+        let (_, query) = request.path_and_query();
+        let mut fields = form_fields(query.as_bytes())?;
+        if policy::is_reconnect(request, &fields) {
+            // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
+            return self.write(&Context { request, rules: self.rules }.head(NO_CONTENT, ""));
+        }
+        let has_no_command = fields.iter().all(|(name, _)| policy::is_of_reconnect(name));
+        if request.method == "POST" && has_no_command {
+            fields = self.read_form(request)?;
+        }
+        let command = policy::command_of(fields)?;
+        let words = self.rules.admit(&command)?;
+        let head = Context { request, rules: self.rules }.stream_head();
+        if request.method == "HEAD" {
+            return self.write(&head);
+        }
+        // The content, unless it was the form, is the command's standard input.
+        let length = request.content_length;
+        let is_fed = request.method == "POST" && request.form.is_empty() && length > 0;
+        let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
+        let (is_events, is_chunked) = (request.wants_events(), request.minor_version > 0);
+        let stream = Stream::new(is_events, is_chunked, [interim.as_bytes(), &head].concat());
+        let content = self.input.buffer().chain(self.client.socket).take(length);
+        let content = if is_fed { Some(content) } else { None };
+        match run::run(&command, &words, content, &self.client, self.limits, stream) {
+            Ok(is_sent) => ensure(is_sent, refusal::GONE),
+            Err(refusal) if is_events && refusal.status != 503 => {
+                self.tell_failure(&refusal, Stream::new(true, is_chunked, head))
+            }
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    /// Reads the form that holds the command.
+    fn read_form(&mut self, request: &mut Request) -> Result<FormFields, Refusal> {
+        policy::check_form(request)?;
+        if request.expects_continue() {
+            self.write(CONTINUE.as_bytes())?;
         }
         self.allow(ARRIVAL_TIME);
         let length = request.content_length;
         (&mut self.input).take(length).read_to_end(&mut request.form)?;
-        ensure(request.form.len() as u64 == length, refusal::CUT)
+        ensure(request.form.len() as u64 == length, refusal::CUT)?;
+        form_fields(&request.form)
     }
 
-    /// Runs a command. A POST's content is its standard input, unless it was the form.
-    fn run(&mut self, context: &Context, command: &CommandLine) -> Result<bool, Refusal> {
-        let (request, length) = (context.request, context.request.content_length);
-        let mut head = context.stream_head();
-        if request.form.is_empty() && request.expects_continue() {
-            head.splice(..0, CONTINUE.bytes());
-        }
-        let content = self.input.buffer().chain(self.client.socket).take(length);
-        let is_fed = request.form.is_empty() && length > 0 && request.method == "POST";
-        let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
-        let content = if is_fed { Some(content) } else { None };
-        match run::run(command, content, &self.client, self.limits, stream) {
-            Err(refusal) if request.wants_events() && refusal.status != 503 => {
-                Ok(self.write(&self.failed_stream(context, &refusal)))
-            }
-            done => done,
-        }
-    }
-
-    /// The whole stream of a command that could not be started.
-    fn failed_stream(&self, context: &Context, refusal: &Refusal) -> Vec<u8> {
+    /// Sends the whole stream of a command that could not be started.
+    fn tell_failure(&self, refusal: &Refusal, mut stream: Stream) -> Result<(), Refusal> {
         // By what a shell says so (XCU 2.8.2).
         let code = if refusal.status == 404 { 127 } else { 126 };
-        let is_chunked = context.request.minor_version > 0;
-        let mut stream = Stream::new(true, is_chunked, context.stream_head());
         stream.error(&refusal.words);
         let numbers = stream.exit("failed", Some(code), None, 0);
         let (peer, why) = (self.client.peer, quoted(refusal.words.as_bytes()));
         log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
-        stream.unsent().to_vec()
+        self.write(stream.unsent())
     }
 
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
-    fn refuse(&mut self, request: &Request, refusal: &Refusal) -> bool {
-        let context = self.context(request);
+    fn refuse(&self, request: &Request, refusal: &Refusal) -> Result<(), Refusal> {
         let (peer, status) = (self.client.peer, refusal.status);
         let target = request.target.as_bytes();
         let mut asked = quoted_as_sent(target, &percent_decode(target).0);
         if !request.form.is_empty() {
             let form = percent_decode(&request.form).0;
-            asked +=
-                &format!(" command={}", quoted(form.strip_prefix(b"command=").unwrap_or(&form)));
+            let command = quoted(form.strip_prefix(b"command=").unwrap_or(&form));
+            asked += &format!(" command={command}");
         }
         let (why, _) = refusal.words.split_once("; ").unwrap_or_default();
         let why = quoted(why.as_bytes());
         log::line(format_args!("refuse peer={peer} status={status} target={asked} why={why}"));
-        self.write(&context.refusal(refusal))
-    }
-
-    fn context<'r>(&self, request: &'r Request) -> Context<'r> {
-        let origin = self.rules.foreign_origin(request);
-        let closes = request.ends_connection() || sys::is_ending();
-        Context { request, origin, closes }
+        self.write(&Context { request, rules: self.rules }.refusal(refusal))
     }
 
     /// Writes an answer whole, unless the client is gone, or does not read.
-    fn write(&self, mut bytes: &[u8]) -> bool {
+    fn write(&self, mut bytes: &[u8]) -> Result<(), Refusal> {
         let mut socket = self.client.socket;
         while !bytes.is_empty() {
-            match try_until(Instant::now() + self.limits.stall, || socket.write(bytes)) {
-                Ok(length) => bytes = &bytes[length..],
-                Err(_) => return false,
-            }
+            let written = try_until(Instant::now() + self.limits.stall, || socket.write(bytes));
+            let length = written.map_err(|_| refusal::GONE)?;
+            bytes = &bytes[length..];
         }
-        true
+        Ok(())
     }
 
     /// Ends the connection so that the answer survives: closing a socket with unread input sends a reset, which

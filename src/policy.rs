@@ -1,15 +1,15 @@
-//! Who may call, and what may run. Pure: a request and the rules in, a verdict out.
+//! Who may call, and what may run. Pure: a request and the rules in, a refusal out, or none.
 //!
 //! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the
 //! browser adds, which the rules look at, and it cannot know a token.
 
 use crate::refusal::{self, Refusal, ensure, shown};
-use crate::request::{FormFields, Request, form_fields, host_of};
+use crate::request::{FormFields, Request};
 use crate::words;
-use std::{hint::black_box, net::IpAddr};
+use std::hint::black_box;
+use std::net::{IpAddr, SocketAddr};
 
-const PAGE_METHODS: &str = "GET, HEAD, OPTIONS";
-const RUN_METHODS: &str = "GET, HEAD, POST, OPTIONS";
+const FORM_TYPE: &str = "application/x-www-form-urlencoded";
 const LARGEST_FORM: u64 = 64 << 10;
 
 /// What the options say about callers and commands.
@@ -30,84 +30,36 @@ pub struct Allowed {
     is_open: bool,
 }
 
-/// A command line as it was asked for, and its words, of which there is at least one.
-#[derive(Debug, PartialEq)]
-pub struct CommandLine {
-    pub text: Vec<u8>,
-    pub words: Vec<Vec<u8>>,
-}
-
-/// What is to be done about a request.
-#[derive(Debug, PartialEq)]
-pub enum Verdict {
-    Page,
-    /// The list of what may run.
-    Commands,
-    /// The methods of the path.
-    Methods(&'static str),
-    /// Nothing: an event stream that has ended is asked for once more.
-    Reconnect,
-    Run(CommandLine),
-    /// To read the form that holds the command, which [`Rules::command`] judges.
-    ReadForm,
-}
-
 impl Rules {
-    /// Checks a request, in the order in which refusals take precedence. `local` is the address that its
-    /// connection came in on.
-    pub fn judge(&self, request: &Request, local: IpAddr) -> Result<Verdict, Refusal> {
-        let (path, query) = request.path_and_query();
+    /// Checks who calls, and for what, in the order in which refusals take precedence. `local` is the address
+    /// that the connection came in on.
+    pub fn check_caller(&self, request: &Request, local: IpAddr) -> Result<(), Refusal> {
+        let (path, _) = request.path_and_query();
         let method = request.method.as_str();
-        self.check_host(request, local)?;
+        if let (Some(host), None) = (request.field("host"), &self.token) {
+            ensure(means_here(host, local), refusal::MISDIRECTED.about(&local.to_string()))?;
+        }
         // Links to the page work.
         if path != "/" || !matches!(method, "GET" | "HEAD") {
             self.check_browser(request, path)?;
         }
-        let methods = match path {
-            "/" | "/commands" => PAGE_METHODS,
-            "/run" => RUN_METHODS,
-            _ => return Err(refusal::NO_PATH),
-        };
+        ensure(matches!(path, "/" | "/run" | "/commands"), refusal::NO_PATH)?;
         match method {
-            "OPTIONS" => return Ok(Verdict::Methods(methods)),
-            "POST" => ensure(path == "/run", refusal::METHOD.about(PAGE_METHODS))?,
+            // A preflight never bears a token.
+            "OPTIONS" => return Ok(()),
             "GET" | "HEAD" => {}
-            _ => return Err(refusal::NO_METHOD.about(&shown(method.as_bytes()))),
+            "POST" => ensure(path == "/run", refusal::METHOD)?,
+            _ => return Err(refusal::NO_METHOD),
         }
-        if path == "/" {
-            return Ok(Verdict::Page);
-        }
-        self.check_token(request)?;
-        if path == "/commands" {
-            return Ok(Verdict::Commands);
-        }
-        let fields = form_fields(query)?;
-        if is_reconnect(request, &fields) {
-            return Ok(Verdict::Reconnect);
-        }
-        if method == "POST" && fields.iter().all(|(name, _)| is_of_reconnect(name)) {
-            check_form(request)?;
-            return Ok(Verdict::ReadForm);
-        }
-        self.command(fields).map(Verdict::Run)
+        if path == "/" { Ok(()) } else { self.check_token(request) }
     }
 
-    /// The one `command` of a query or form, if it may run.
-    pub fn command(&self, fields: FormFields) -> Result<CommandLine, Refusal> {
-        let mut command = None;
-        for (name, value) in fields {
-            if name == "command" {
-                ensure(command.replace(value).is_none(), refusal::TWO)?;
-            } else if !is_of_reconnect(&name) {
-                let name = format!("{:?}", shown(name.as_bytes()));
-                return Err(refusal::OTHER_FIELD.about(&name));
-            }
-        }
-        let text = command.ok_or(refusal::NO_COMMAND)?;
-        let words = words::split(&text)?;
+    /// The words of a command line, if it may run.
+    pub fn admit(&self, command: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
+        let words = words::split(command)?;
         let is_admitted = self.allowed.iter().any(|allowed| allowed.admits(&words));
         ensure(is_admitted || self.allowed.is_empty(), refusal::NOT_ALLOWED)?;
-        Ok(CommandLine { text, words })
+        Ok(words)
     }
 
     /// What may run, a line each, as the options have it; nothing where everything may.
@@ -118,24 +70,16 @@ impl Rules {
     /// The foreign origin whose page may read the answer, if the request comes from one.
     pub fn foreign_origin<'r>(&self, request: &'r Request) -> Option<&'r str> {
         let origin = request.field("origin")?;
-        if self.admits(origin) && !is_own(origin, request) { Some(origin) } else { None }
+        // The opaque origin `null` could be anybody's.
+        let is_origin = origin.contains("://") && !origin.contains(' ');
+        let is_listed = self.origins.iter().any(|listed| listed == origin || listed == "*");
+        if is_origin && is_listed && !is_own(origin, request) { Some(origin) } else { None }
     }
 
-    /// Rule 1: `Host` can only mean this server. It stops DNS rebinding, where another site's name is made
-    /// to resolve to this host's address.
-    fn check_host(&self, request: &Request, local: IpAddr) -> Result<(), Refusal> {
-        // HTTP/1.0 may have none.
-        let Some(host) = request.field("host").and_then(host_of) else {
-            return Ok(());
-        };
-        let is_good = self.token.is_some() || means_here(&host, local);
-        ensure(is_good, refusal::MISDIRECTED.about(&local.to_string()))
-    }
-
-    /// Rules 2 to 4, which tell another site's page from everybody else.
+    /// Tells another site's page from everybody else.
     fn check_browser(&self, request: &Request, path: &str) -> Result<(), Refusal> {
         if let Some(origin) = request.field("origin") {
-            let is_good = is_own(origin, request) || self.admits(origin);
+            let is_good = is_own(origin, request) || self.foreign_origin(request).is_some();
             return ensure(is_good, refusal::ORIGIN.about(&shown(origin.as_bytes())));
         }
         let is_guarded = matches!(path, "/run" | "/commands");
@@ -149,17 +93,9 @@ impl Rules {
         ensure(!is_guarded || is_known, refusal::BROWSER)
     }
 
-    /// Whether `--allow-origin` has it. The opaque origin `null` could be anybody's.
-    fn admits(&self, origin: &str) -> bool {
-        let is_origin = origin.contains("://") && !origin.contains(' ');
-        is_origin && self.origins.iter().any(|listed| listed == origin || listed == "*")
-    }
-
     /// The bearer token (RFC 6750 section 2.1).
     fn check_token(&self, request: &Request) -> Result<(), Refusal> {
-        let Some(token) = &self.token else {
-            return Ok(());
-        };
+        let Some(token) = &self.token else { return Ok(()) };
         let credentials = request.field("authorization").unwrap_or_default();
         let (scheme, given) = credentials.split_once(' ').unwrap_or_default();
         let is_same = equals_in_constant_time(token, given.trim_start_matches(' '));
@@ -193,47 +129,58 @@ fn is_own(origin: &str, request: &Request) -> bool {
     host.is_some() && host == request.field("host")
 }
 
-/// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
-fn is_of_reconnect(name: &str) -> bool {
-    matches!(name, "lastEventId" | "evs_last_event_id")
-}
-
 /// Whether the request asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill,
 /// or, as wget has it, the rest of an answer that broke off.
-fn is_reconnect(request: &Request, query: &FormFields) -> bool {
+pub fn is_reconnect(request: &Request, query: &FormFields) -> bool {
     let has_id = request.field("last-event-id").is_some_and(|id| !id.is_empty());
     let has_polyfill_s = query.iter().any(|(name, id)| is_of_reconnect(name) && !id.is_empty());
     has_id || has_polyfill_s || request.field("range").is_some()
 }
 
-/// Whether the content can be the form that holds the command.
-fn check_form(request: &Request) -> Result<(), Refusal> {
-    ensure(request.content_length > 0, refusal::NO_COMMAND)?;
-    if let Some(value) = request.field("content-type") {
-        let media_type = value.split(';').next().unwrap_or_default().trim();
-        let is_form = media_type.eq_ignore_ascii_case("application/x-www-form-urlencoded");
-        ensure(is_form, refusal::NO_FORM.about(&shown(media_type.as_bytes())))?;
-    }
+/// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
+pub fn is_of_reconnect(name: &[u8]) -> bool {
+    matches!(name, b"lastEventId" | b"evs_last_event_id")
+}
+
+/// Whether the content can be the form that holds the command. None at all counts as an empty one.
+pub fn check_form(request: &Request) -> Result<(), Refusal> {
+    let value = request.field("content-type").unwrap_or(FORM_TYPE);
+    let (media_type, _) = value.split_once(';').unwrap_or((value, ""));
+    ensure(media_type.trim_ascii().eq_ignore_ascii_case(FORM_TYPE), refusal::FORM)?;
     ensure(request.content_length <= LARGEST_FORM, refusal::LONG_FORM)
+}
+
+/// The one `command` of a query or form.
+pub fn command_of(fields: FormFields) -> Result<Vec<u8>, Refusal> {
+    let mut command = None;
+    for (name, value) in fields {
+        if name == b"command" {
+            ensure(command.replace(value).is_none(), refusal::COMMAND)?;
+        } else if !is_of_reconnect(&name) {
+            return Err(refusal::OTHER_FIELD.about(&shown(&name)));
+        }
+    }
+    command.ok_or(refusal::COMMAND)
 }
 
 /// In a time that does not tell how much of it was right. The length of a token is no secret.
 fn equals_in_constant_time(token: &str, given: &str) -> bool {
-    let mut differences = 0;
-    for (ours, theirs) in token.bytes().zip(given.bytes()) {
-        // Behind the black box the compiler cannot see that the loop could end early.
-        differences = black_box(differences | (ours ^ theirs));
-    }
+    let pairs = token.bytes().zip(given.bytes());
+    // Behind the black box the compiler cannot see that the loop could end early.
+    let differences = pairs.fold(0, |all, (ours, theirs)| black_box(all | (ours ^ theirs)));
     differences == 0 && token.len() == given.len()
 }
 
-/// Whole names and parsed addresses are compared, never beginnings or ends: `127.0.0.1.evil.test` is
-/// somebody else's.
+/// Whether a `Host` can only mean this server. It stops DNS rebinding, where another site's name is made to
+/// resolve to this host's address. Whole names and parsed addresses are compared, never beginnings or ends:
+/// `127.0.0.1.evil.test` is somebody else's.
 fn means_here(host: &str, local: IpAddr) -> bool {
-    if let Ok(address) = host.parse::<IpAddr>() {
-        return address.to_canonical() == local;
+    // std reads an address of either kind with a port. The port says nothing: a tunnel has another one.
+    if let Ok(address) = host.parse().or(format!("{host}:80").parse::<SocketAddr>()) {
+        return address.ip().to_canonical() == local;
     }
-    let name = host.strip_suffix('.').unwrap_or(host);
+    let (name, _port) = host.split_once(':').unwrap_or((host, ""));
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
     local.is_loopback() && (name == "localhost" || name.ends_with(".localhost"))
 }
 
@@ -272,6 +219,40 @@ mod tests {
         for (pattern, line, expected) in table {
             assert_eq!(admits(pattern, line), expected, "{pattern} {line}");
         }
+    }
+
+    #[test]
+    fn a_host_is_here_or_elsewhere() {
+        let table = [
+            ("127.0.0.1", true),
+            ("127.0.0.1:1", true),
+            ("[::ffff:127.0.0.1]", true),
+            ("[::ffff:7f00:1]:1", true),
+            ("localhost", true),
+            ("LocalHost.:1", true),
+            ("a.localhost:", true),
+            ("", false),
+            (":80", false),
+            ("::1", false),
+            ("[::1]", false),
+            ("[::1", false),
+            ("[127.0.0.1]", false),
+            ("127.0.0.1:x", false),
+            ("127.0.0.1.", false),
+            ("127.1", false),
+            ("0.0.0.0", false),
+            ("a.b", false),
+            ("[localhost]", false),
+            ("localhost..", false),
+            ("alocalhost", false),
+            ("localhost.a", false),
+            ("127.0.0.1.a", false),
+        ];
+        for (host, expected) in table {
+            assert_eq!(means_here(host, [127, 0, 0, 1].into()), expected, "{host}");
+        }
+        assert!(means_here("[::1]:1", IpAddr::from([0, 0, 0, 0, 0, 0, 0, 1])));
+        assert!(!means_here("localhost", [192, 0, 2, 1].into()));
     }
 
     #[test]

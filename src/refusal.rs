@@ -25,54 +25,31 @@ pub const FIELD: Refusal = refuse(400, "malformed field; send Name: value");
 pub const CUT: Refusal = refuse(400, "request breaks off; send all of it");
 pub const LENGTH: Refusal = refuse(400, "malformed Content-Length; send one number of bytes");
 pub const HOST: Refusal = refuse(400, "no good Host; send one NAME, NAME:PORT or [IPv6]:PORT");
-pub const NO_COMMAND: Refusal = refuse(
-    400,
-    "no command; send /run?command=ls, or a form: curl -N --data-urlencode 'command=ls -l'",
-);
-pub const TWO: Refusal = refuse(400, "more than one command; send one at a time");
 pub const ESCAPE: Refusal = refuse(400, "malformed percent-escape; a % itself is sent as %25");
-pub const OTHER_FIELD: Refusal = refuse(
-    400,
-    "a field other than command: {}; if its & is the command's, send %26, or \
-    curl --data-urlencode 'command=…'",
-);
+pub const COMMAND: Refusal =
+    refuse(400, "needs one command; send /run?command=ls or curl --data-urlencode 'command=ls -l'");
+pub const OTHER_FIELD: Refusal =
+    refuse(400, "unknown field '{}'; a command with & needs curl --data-urlencode 'command=…'");
 pub const NUL: Refusal = refuse(400, "command has a NUL; no argument can hold one");
-pub const QUOTE: Refusal = refuse(400, "command has an unclosed quote; close it with {}");
-pub const TOKEN: Refusal =
-    refuse(401, "token missing or wrong; send the field Authorization: Bearer TOKEN");
-pub const ORIGIN: Refusal =
-    refuse(403, "origin not allowed; {} is no origin of this server's, nor one of --allow-origin");
-pub const OTHER_SITE: Refusal =
-    refuse(403, "another site's page calls; --allow-origin would admit it");
-pub const LINK: Refusal =
-    refuse(403, "a link runs nothing; link to the page and fill it in: /#uptime");
-pub const BROWSER: Refusal =
-    refuse(403, "User-Agent Mozilla/ is a browser's; send another one, or a token");
+pub const QUOTE: Refusal = refuse(400, "open quote in the command; close it, or put \\ before it");
+pub const TOKEN: Refusal = refuse(401, "token missing or wrong; send Authorization: Bearer TOKEN");
+pub const ORIGIN: Refusal = refuse(403, "origin not allowed; --allow-origin does not list {}");
+pub const OTHER_SITE: Refusal = refuse(403, "another site's page; --allow-origin would admit it");
+pub const LINK: Refusal = refuse(403, "a link runs nothing; link to the page instead: /#uptime");
+pub const BROWSER: Refusal = refuse(403, "User-Agent is a browser's; send another one, or a token");
 pub const NOT_ALLOWED: Refusal = refuse(403, "command not allowed; GET /commands lists what is");
 pub const NO_PATH: Refusal = refuse(404, "no such path; there are /, /run and /commands");
-pub const METHOD: Refusal = refuse(405, "method not for this path; it has {}");
-pub const LATE: Refusal =
-    refuse(408, "request did not arrive in time; head and form have 5 s each");
-pub const NO_LENGTH: Refusal = refuse(
-    411,
-    "content without a length; send Content-Length instead of Transfer-Encoding: \
-    curl --data-binary @- does, curl -T - does not",
-);
+pub const METHOD: Refusal = refuse(405, "method not for this path; it has GET, HEAD and OPTIONS");
+pub const LATE: Refusal = refuse(408, "request took too long; head and form have 5 s each");
+pub const NO_LENGTH: Refusal =
+    refuse(411, "content without Content-Length; curl --data-binary @- sends it, -T - does not");
 pub const LONG_FORM: Refusal = refuse(413, "form over 64 KiB; send what is long as standard input");
-pub const LONG_LINE: Refusal =
-    refuse(414, "request line over 8 KiB; send a long command as a form");
-pub const NO_FORM: Refusal = refuse(
-    415,
-    "content is no form but {}; send the command by curl --data-urlencode 'command=ls -l'",
-);
+pub const LONG_LINE: Refusal = refuse(414, "request line over 8 KiB; send the command as a form");
+pub const FORM: Refusal = refuse(415, "content is no form; use curl --data-urlencode 'command=ls'");
 pub const EXPECT: Refusal = refuse(417, "Expect is not 100-continue; leave it out");
-pub const MISDIRECTED: Refusal =
-    refuse(421, "Host is not this address; it is {}, and with a token any name");
+pub const MISDIRECTED: Refusal = refuse(421, "Host is not {}; use that address, or a token");
 pub const LONG_HEAD: Refusal = refuse(431, "head over 16 KiB or 100 fields; send fewer");
-pub const NO_METHOD: Refusal = refuse(
-    501,
-    "method not implemented; instead of {} send GET, or POST: curl --data-binary @FILE",
-);
+pub const NO_METHOD: Refusal = refuse(501, "method not implemented; send GET, or POST with input");
 pub const BUSY: Refusal = refuse(503, "no {} to be had; try again in a moment");
 pub const VERSION: Refusal = refuse(505, "HTTP version is not 1.x; send HTTP/1.1");
 
@@ -100,12 +77,12 @@ pub fn no_program(name: &str) -> Refusal {
         "it is not on the server's PATH"
     };
     let hint = format!("{reason}, and no shell is started: sh -c '{name} …'");
-    refuse(404, "{}").about(&format!("{name}: no such program; {hint}"))
+    Refusal { status: 404, words: format!("{name}: no such program; {hint}").into() }
 }
 
 /// The program is there, but cannot be run.
 pub fn cannot_run(name: &str, why: &str) -> Refusal {
-    refuse(403, "{}").about(&format!("{name}: cannot be run; {why}"))
+    Refusal { status: 403, words: format!("{name}: cannot be run; {why}").into() }
 }
 
 impl From<Error> for Refusal {
@@ -141,7 +118,7 @@ mod tests {
     #[test]
     fn what_is_told_is_one_line_in_two_parts() {
         let name = shown(b"a\r\nb\x1b[31m\xff");
-        let about = [MISDIRECTED, ORIGIN, METHOD, NO_METHOD, NO_FORM, OTHER_FIELD, QUOTE, BUSY];
+        let about = [MISDIRECTED, ORIGIN, OTHER_FIELD, BUSY];
         let mut refusals: Vec<_> = about.iter().map(|refusal| refusal.about(&name)).collect();
         refusals.extend([no_program(&name), cannot_run(&name, "why"), NO_LENGTH, TOKEN, LATE]);
         for refusal in refusals {

@@ -4,17 +4,12 @@
 use crate::refusal::{self, Refusal, ensure};
 use std::collections::BTreeMap;
 use std::io::{BufRead, Read, Take};
-use std::net::Ipv6Addr;
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
-const LONGEST_LINE: usize = 8 << 10;
+const LONGEST_LINE: u64 = 8 << 10;
 /// The longest head, from the request line to the empty line.
-const LONGEST_HEAD: usize = 16 << 10;
+const LONGEST_HEAD: u64 = 16 << 10;
 const MOST_FIELDS: usize = 100;
-/// A number above this is signed elsewhere, and could mean another length there.
-const LONGEST_CONTENT: u64 = i64::MAX as u64;
-/// Optional whitespace (RFC 9110 section 5.6.3).
-const OWS: [char; 2] = [' ', '\t'];
 
 /// What was sent, and nothing that was decided about it.
 #[derive(Default)]
@@ -39,19 +34,16 @@ impl Request {
     /// Reads a head into an empty request, which keeps what was read also where the rest is refused, for
     /// the log. One empty line before it is skipped (RFC 9112 section 2.2).
     pub fn read(&mut self, input: &mut impl BufRead) -> Result<(), Refusal> {
-        match input.fill_buf() {
-            Ok(begun) if !begun.is_empty() => {}
-            _ => return Err(refusal::GONE),
-        }
-        let mut line = read_line(&mut limit(input, LONGEST_LINE + 2), refusal::LONG_LINE)?;
+        let mut head = input.take(LONGEST_LINE + 2);
+        let mut line = read_line(&mut head, refusal::LONG_LINE)?;
         if line.is_empty() {
-            line = read_line(&mut limit(input, LONGEST_LINE + 2), refusal::LONG_LINE)?;
+            line = read_line(&mut head, refusal::LONG_LINE)?;
         }
         self.parse_line(&line)?;
-        let mut rest = limit(input, LONGEST_HEAD - line.len() - 2);
+        head.set_limit(LONGEST_HEAD - line.len() as u64 - 2);
         // The empty line is one more.
         for _ in 0..=MOST_FIELDS {
-            let line = read_line(&mut rest, refusal::LONG_HEAD)?;
+            let line = read_line(&mut head, refusal::LONG_HEAD)?;
             if line.is_empty() {
                 self.check_framing()?;
                 self.is_understood = true;
@@ -62,10 +54,9 @@ impl Request {
         Err(refusal::LONG_HEAD)
     }
 
-    /// The target's path, and its query as bytes, both as sent.
-    pub fn path_and_query(&self) -> (&str, &[u8]) {
-        let (path, query) = self.target.split_once('?').unwrap_or((&self.target, ""));
-        (path, query.as_bytes())
+    /// The target's path, and its query, both as sent.
+    pub fn path_and_query(&self) -> (&str, &str) {
+        self.target.split_once('?').unwrap_or((&self.target, ""))
     }
 
     /// The value of the field of that name, given in lower case. Several fields of one name are one that has
@@ -74,21 +65,14 @@ impl Request {
         self.fields.get(name).map(String::as_str)
     }
 
-    /// The elements of a list field (RFC 9110 section 5.6.1), in lower case.
-    pub fn elements(&self, name: &str) -> Vec<String> {
-        let list = self.field(name).unwrap_or_default().to_ascii_lowercase();
-        list.split(',').map(|element| element.trim_matches(OWS).to_string()).collect()
-    }
-
     /// Whether `Accept` names that very media type, and not with a weight of 0 (RFC 9110 section 12.5.1).
     pub fn accepts(&self, media_type: &str) -> bool {
-        let names = |element: &String| {
-            let mut parts = element.split(';').map(|part| part.trim_matches(OWS));
-            let is_named = parts.next() == Some(media_type);
-            let weight = parts.find_map(|part| part.strip_prefix("q=")).unwrap_or("1");
-            is_named && weight.contains(|digit| matches!(digit, '1'..='9'))
-        };
-        self.elements("accept").iter().any(names)
+        let list = self.field("accept").unwrap_or_default().to_ascii_lowercase();
+        let is_zero = |part: &str| part.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0));
+        list.split(',').any(|element| {
+            let mut parts = element.split(';').map(str::trim_ascii);
+            parts.next() == Some(media_type) && !parts.any(is_zero)
+        })
     }
 
     /// Events, unless plain text is named, and neither they nor anything at all.
@@ -105,7 +89,8 @@ impl Request {
     /// Whether the connection ends with the answer: after content where a message ends could be a matter of
     /// opinion, and a next request smuggled.
     pub fn ends_connection(&self) -> bool {
-        let closes = self.elements("connection").iter().any(|element| element == "close");
+        let list = self.field("connection").unwrap_or_default().to_ascii_lowercase();
+        let closes = list.split(',').any(|element| element.trim_ascii() == "close");
         closes || self.minor_version == 0 || self.content_length > 0 || !self.is_understood
     }
 
@@ -113,9 +98,7 @@ impl Request {
     fn parse_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let line = std::str::from_utf8(line).map_err(|_| refusal::LINE)?;
         let parts: Vec<&str> = line.split(' ').collect();
-        let [method, target, version] = parts[..] else {
-            return Err(refusal::LINE);
-        };
+        let [method, target, version] = parts[..] else { return Err(refusal::LINE) };
         let is_path = target.starts_with('/') && target.bytes().all(|byte| byte.is_ascii_graphic());
         ensure(is_token(method) && is_path, refusal::LINE)?;
         self.minor_version = match version.strip_prefix("HTTP/").map(str::as_bytes) {
@@ -133,7 +116,7 @@ impl Request {
         let (name, value) = line.split_once(':').ok_or(refusal::FIELD)?;
         let is_control = |character: char| character.is_ascii_control() && character != '\t';
         ensure(is_token(name) && !value.contains(is_control), refusal::FIELD)?;
-        let (name, value) = (name.to_ascii_lowercase(), value.trim_matches(OWS));
+        let (name, value) = (name.to_ascii_lowercase(), value.trim_ascii());
         match self.fields.get_mut(&name) {
             Some(first) => *first += &format!(", {value}"),
             None => _ = self.fields.insert(name, value.to_string()),
@@ -149,22 +132,20 @@ impl Request {
             // std would take a sign.
             ensure(length.bytes().all(|byte| byte.is_ascii_digit()), refusal::LENGTH)?;
             self.content_length = length.parse().map_err(|_| refusal::LENGTH)?;
+            // A larger one is negative elsewhere, and could mean another length there.
+            ensure(self.content_length <= i64::MAX as u64, refusal::LENGTH)?;
         }
-        ensure(self.content_length <= LONGEST_CONTENT, refusal::LENGTH)?;
-        let is_met = |element: &String| element.is_empty() || element == "100-continue";
-        let are_met = self.elements("expect").iter().all(is_met);
-        ensure(are_met || self.minor_version == 0, refusal::EXPECT)?;
+        let expect = self.field("expect").unwrap_or("100-continue");
+        let is_met = expect.eq_ignore_ascii_case("100-continue") || self.minor_version == 0;
+        ensure(is_met, refusal::EXPECT)?;
+        // A second one would make it a list, with a comma.
+        let is_of_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+;=:[]".contains(c);
         let is_good = match self.field("host") {
-            Some(host) => host_of(host).is_some(),
+            Some(host) => !host.is_empty() && host.chars().all(is_of_host),
             None => self.minor_version == 0,
         };
         ensure(is_good, refusal::HOST)
     }
-}
-
-/// No more of the input than so many bytes.
-fn limit<R: BufRead>(input: &mut R, bytes: usize) -> Take<&mut R> {
-    input.take(bytes as u64)
 }
 
 /// A line without its CRLF; `too_long` where it goes on behind the input's limit.
@@ -184,41 +165,26 @@ fn is_token(text: &str) -> bool {
     !text.is_empty() && text.chars().all(is_good)
 }
 
-/// The name or address in `host[:port]`, in lower case and without the brackets of an IPv6 address; none
-/// where RFC 3986 section 3.2.2 does not have it.
-pub fn host_of(authority: &str) -> Option<String> {
-    let (host, port) = match authority.rsplit_once(':') {
-        // A colon inside of [ ] belongs to the address.
-        Some((host, port)) if !port.ends_with(']') => (host, port),
-        _ => (authority, ""),
-    };
-    let literal = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-    let in_name = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+,;=".contains(c);
-    let is_host = match literal {
-        Some(address) => address.parse::<Ipv6Addr>().is_ok(),
-        None => !host.is_empty() && host.chars().all(in_name),
-    };
-    let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
-    if is_host && is_port { Some(literal.unwrap_or(host).to_ascii_lowercase()) } else { None }
-}
-
 /// Names and values, decoded.
-pub type FormFields = Vec<(String, Vec<u8>)>;
+pub type FormFields = Vec<(Vec<u8>, Vec<u8>)>;
 
 /// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1). What
 /// stands between two `&` is a field, even nothing.
 pub fn form_fields(form: &[u8]) -> Result<FormFields, Refusal> {
     let mut fields = Vec::new();
-    for field in form.split(|&byte| byte == b'&') {
-        let with_spaces = |&byte: &u8| if byte == b'+' { b' ' } else { byte };
-        let field: Vec<u8> = field.iter().map(with_spaces).collect();
-        let mut halves = field.splitn(2, |&byte| byte == b'=');
-        let (name, is_good) = percent_decode(halves.next().unwrap_or_default());
-        let (value, is_value_good) = percent_decode(halves.next().unwrap_or_default());
-        ensure(is_good && is_value_good, refusal::ESCAPE)?;
-        fields.push((String::from_utf8_lossy(&name).to_string(), value));
+    if form.is_empty() {
+        return Ok(fields);
     }
-    Ok(if form.is_empty() { Vec::new() } else { fields })
+    let with_spaces = |&byte: &u8| if byte == b'+' { b' ' } else { byte };
+    let form: Vec<u8> = form.iter().map(with_spaces).collect();
+    for field in form.split(|&byte| byte == b'&') {
+        let mut halves = field.splitn(2, |&byte| byte == b'=');
+        let (name, is_name_good) = percent_decode(halves.next().unwrap_or_default());
+        let (value, is_value_good) = percent_decode(halves.next().unwrap_or_default());
+        ensure(is_name_good && is_value_good, refusal::ESCAPE)?;
+        fields.push((name, value));
+    }
+    Ok(fields)
 }
 
 /// Decodes percent-escapes. A malformed one stands for itself; returns also whether there was none.

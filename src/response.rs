@@ -1,7 +1,8 @@
 //! Responses as bytes.
 
-use crate::{clock, refusal::Refusal, request::Request};
+use crate::{clock, policy::Rules, refusal::Refusal, request::Request};
 
+pub const NO_CONTENT: &str = "204 No Content";
 pub const CONTINUE: &str = "HTTP/1.1 100 Continue\r\n\r\n";
 
 /// The text of `--help`.
@@ -19,33 +20,26 @@ pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     style-src 'sha256-AmjkUq9OY+RRVliTJsq+yR3StDAZmCqZxMMnGphYIe0='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 
-const PREFLIGHT_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
-    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n";
+/// What a foreign page may send and read, after the origin. All but the last field is for preflights.
+const FOREIGN_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
+    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n\
+    Vary: Origin\r\n";
 
 /// What an answer depends on beside its content.
 pub struct Context<'a> {
     pub request: &'a Request,
-    /// The foreign origin whose page may read the answer.
-    pub origin: Option<&'a str>,
-    /// The connection ends with the answer.
-    pub closes: bool,
+    pub rules: &'a Rules,
 }
 
 impl Context<'_> {
     /// An answer with content, or for HEAD without it; `fields` say what it is.
-    pub fn whole(&self, status: u16, fields: &str, content: &[u8]) -> Vec<u8> {
+    pub fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
         let length = content.len();
         let mut answer = self.head(status, &format!("{fields}Content-Length: {length}\r\n"));
         if self.request.method != "HEAD" {
             answer.extend_from_slice(content);
         }
         answer
-    }
-
-    /// The answer to OPTIONS: a CORS preflight, where the origin is a foreign one that is allowed.
-    pub fn methods(&self, methods: &str) -> Vec<u8> {
-        let preflight = when(self.origin.is_some(), PREFLIGHT_FIELDS);
-        self.head(204, &format!("Allow: {methods}\r\n{preflight}"))
     }
 
     /// One line in words.
@@ -56,49 +50,36 @@ impl Context<'_> {
             503 => "Retry-After: 1\r\n",
             _ => "",
         };
+        let status = format!("{} Refused", refusal.status);
         let line = format!("{}\n", refusal.words);
-        self.whole(refusal.status, &format!("{field}{PLAIN}"), line.as_bytes())
+        self.whole(&status, &format!("{field}{PLAIN}"), line.as_bytes())
     }
 
     /// The head of a command's stream.
     pub fn stream_head(&self) -> Vec<u8> {
-        let (is_chunked, is_events) = (self.request.minor_version > 0, self.request.wants_events());
-        let media_type = if is_events { EVENTS } else { PLAIN };
-        let stays = when(!self.closes, "Connection: keep-alive\r\n");
-        let chunks = when(is_chunked, "Transfer-Encoding: chunked\r\n");
-        let trailer = when(is_chunked && !is_events, "Trailer: Exit-Code, Exit-Signal\r\n");
-        let start = format!("{media_type}Cache-Control: no-cache\r\n{stays}");
-        self.head(200, &format!("{start}X-Accel-Buffering: no\r\n{chunks}{trailer}"))
+        let is_events = self.request.wants_events();
+        let mut fields = String::from(if is_events { EVENTS } else { PLAIN });
+        fields += "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
+        if self.request.minor_version > 0 {
+            fields += "Transfer-Encoding: chunked\r\n";
+            if !is_events {
+                fields += "Trailer: Exit-Code, Exit-Signal\r\n";
+            }
+        }
+        self.head("200 OK", &fields)
     }
 
     /// The status line and the fields, with those that every response has.
-    pub fn head(&self, status: u16, fields: &str) -> Vec<u8> {
-        let (phrase, date) = (phrase(status), clock::imf_fixdate(clock::unix_millis()));
-        let close = when(self.closes, "Connection: close\r\n");
-        let mut head = format!("HTTP/1.1 {status} {phrase}\r\nDate: {date}\r\n{fields}");
-        if let Some(origin) = self.origin {
-            head += &format!("Access-Control-Allow-Origin: {origin}\r\nVary: Origin\r\n");
+    pub fn head(&self, status: &str, fields: &str) -> Vec<u8> {
+        let date = clock::imf_fixdate(clock::unix_millis());
+        let connection = if self.request.ends_connection() { "close" } else { "keep-alive" };
+        let mut head = format!("HTTP/1.1 {status}\r\nDate: {date}\r\nConnection: {connection}\r\n");
+        if let Some(origin) = self.rules.foreign_origin(self.request) {
+            head += &format!("Access-Control-Allow-Origin: {origin}\r\n{FOREIGN_FIELDS}");
         }
-        head += &format!("X-Content-Type-Options: nosniff\r\n{close}\r\n");
+        head += &format!("X-Content-Type-Options: nosniff\r\n{fields}\r\n");
         head.into_bytes()
     }
-}
-
-fn when(is_so: bool, text: &str) -> &str {
-    if is_so { text } else { "" }
-}
-
-/// The reason phrase (RFC 9110 section 15; 431 is RFC 6585).
-fn phrase(status: u16) -> &'static str {
-    const PHRASES: &str = "200 OK, 204 No Content, 400 Bad Request, 401 Unauthorized, \
-        403 Forbidden, 404 Not Found, 405 Method Not Allowed, 408 Request Timeout, \
-        411 Length Required, 413 Content Too Large, 414 URI Too Long, \
-        415 Unsupported Media Type, 417 Expectation Failed, 421 Misdirected Request, \
-        431 Request Header Fields Too Large, 501 Not Implemented, 503 Service Unavailable, \
-        505 HTTP Version Not Supported";
-    let mut known = PHRASES.split(", ").filter_map(|entry| entry.split_once(' '));
-    let found = known.find(|(code, _)| *code == status.to_string());
-    found.map_or("", |(_, phrase)| phrase)
 }
 
 #[cfg(test)]

@@ -11,7 +11,6 @@ use crate::child::Child;
 use crate::log::{self, quoted};
 use crate::output::{SOURCES, Stream};
 use crate::pipes::{self, Content, Message, TICK, is_passing};
-use crate::policy::CommandLine;
 use crate::refusal::{self, Refusal};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use std::io::{self, ErrorKind, Write};
@@ -71,7 +70,8 @@ impl Drop for Counted {
 /// whether the client got all of it, `exit` included. A command that was not started is refused, before
 /// anything of the stream was sent.
 pub fn run(
-    command: &CommandLine,
+    command: &[u8],
+    words: &[Vec<u8>],
     content: Option<Content>,
     client: &Client,
     limits: &Limits,
@@ -82,7 +82,7 @@ pub fn run(
         return Err(refusal::BUSY.about("place for one more command"));
     }
     let place = Counted(&RUNNING);
-    let (child, pipes) = Child::start(&command.words, content.is_some())?;
+    let (child, pipes) = Child::start(words, content.is_some())?;
     let (sender, messages) = sync_channel(CHANNEL);
     let is_over = AtomicBool::new(false);
     let (sender, is_over) = (&sender, &is_over);
@@ -103,7 +103,7 @@ pub fn run(
             is_over.store(true, SeqCst);
             return Err(refusal::BUSY.about("thread"));
         }
-        let text = log::quoted_as_sent(&command.text, &command.words.join(&b' '));
+        let text = log::quoted_as_sent(command, &words.join(&b' '));
         let (peer, pid) = (client.peer, child.pid);
         log::line(format_args!("run peer={peer} pid={pid} command={text}"));
         let mut run = Run {

@@ -1,6 +1,6 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::run::{Counted, IS_URGENT, RUNNING};
+use crate::run::{Client, Counted, IS_URGENT, RUNNING};
 use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
@@ -59,7 +59,8 @@ fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
         let serve = move || {
             let _counted = counted;
             // A connection that fails just ends.
-            let _ = connection::serve(&socket, peer, &config.rules, &config.limits);
+            let client = Client { socket: &socket, peer };
+            let _ = connection::serve(client, &config.rules, &config.limits);
         };
         // `thread::spawn` would panic.
         if thread::Builder::new().stack_size(STACK).spawn(serve).is_ok() {

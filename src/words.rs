@@ -1,7 +1,7 @@
 //! A command line, split into words as a POSIX shell splits it (XCU 2.2, Quoting), with nothing expanded: no
 //! variables, no patterns, no operators. Words are bytes, since file names are.
 
-use crate::refusal::{self, Refusal};
+use crate::refusal::{self, Refusal, ensure};
 
 /// The words of `line`, of which there is at least one: blanks and line ends separate, quotes and backslashes
 /// keep together. An unclosed quote, or a NUL, which no argument can hold, is refused.
@@ -35,12 +35,10 @@ pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
         }
     }
     words.extend(word);
-    match quote {
-        _ if line.contains(&0) => Err(refusal::NUL),
-        Some(open) => Err(refusal::QUOTE.about(&char::from(open).to_string())),
-        None if words.is_empty() => Err(refusal::NO_COMMAND),
-        None => Ok(words),
-    }
+    ensure(!words.is_empty(), refusal::COMMAND)?;
+    ensure(quote.is_none(), refusal::QUOTE)?;
+    ensure(!line.contains(&0), refusal::NUL)?;
+    Ok(words)
 }
 
 #[cfg(test)]

@@ -37,7 +37,7 @@ impl std::io::Read for Trickle<'_> {
 fn a_request_is_taken_apart() {
     let (request, rest) = parse(WHOLE).unwrap();
     assert_eq!((request.method.as_str(), request.minor_version), ("POST", 1));
-    assert_eq!(request.path_and_query(), ("/run", &b"command=x%20y"[..]));
+    assert_eq!(request.path_and_query(), ("/run", "command=x%20y"));
     assert_eq!((request.content_length, rest), (11, CONTENT.to_vec()));
     assert_eq!(request.field("host"), Some("a.b:1"));
     assert!(request.expects_continue() && request.ends_connection());
@@ -56,8 +56,7 @@ fn pieces_make_no_difference() {
 
 #[test]
 fn every_prefix_breaks_off() {
-    assert_eq!(parse(b"").err(), Some(refusal::GONE));
-    for length in 1..WHOLE.len() - CONTENT.len() {
+    for length in 0..WHOLE.len() - CONTENT.len() {
         let cut = parse(&WHOLE[..length]);
         assert!(cut.err() == Some(refusal::CUT), "{length}");
     }
@@ -107,7 +106,6 @@ fn request_lines() {
     for (line, expected) in table {
         let mut request = Request::default();
         let parsed = request.parse_line(line.as_bytes());
-        let expected = expected.map(|(path, query)| (path, query.as_bytes()));
         assert_eq!(parsed.map(|()| request.path_and_query()), expected, "{line}");
     }
     assert!(parse(b"\r\nGET / HTTP/1.0\r\n\r\n").is_ok());
@@ -134,21 +132,22 @@ fn field_lines() {
 
 #[test]
 fn limits_are_exact() {
+    let (longest_line, longest_head) = (LONGEST_LINE as usize, LONGEST_HEAD as usize);
     let line = |length: usize| format!("GET /{} HTTP/1.0\r\n", "x".repeat(length - 14));
     let request = |line: &str, rest: &str| parse(format!("{line}{rest}\r\n").as_bytes()).map(drop);
-    assert_eq!(request(&line(LONGEST_LINE), ""), Ok(()));
-    assert_eq!(request(&line(LONGEST_LINE + 1), ""), Err(refusal::LONG_LINE));
+    assert_eq!(request(&line(longest_line), ""), Ok(()));
+    assert_eq!(request(&line(longest_line + 1), ""), Err(refusal::LONG_LINE));
     let start = "GET / HTTP/1.0\r\n";
     let filler = |length: usize| {
         let others = start.len() + "A: \r\n\r\n".len();
         format!("A: {}\r\n", "x".repeat(length - others))
     };
-    assert_eq!(request(start, &filler(LONGEST_HEAD)), Ok(()));
-    assert_eq!(request(start, &filler(LONGEST_HEAD + 1)), Err(refusal::LONG_HEAD));
+    assert_eq!(request(start, &filler(longest_head)), Ok(()));
+    assert_eq!(request(start, &filler(longest_head + 1)), Err(refusal::LONG_HEAD));
     assert_eq!(request(start, &"A:\r\n".repeat(MOST_FIELDS)), Ok(()));
     assert_eq!(request(start, &"A:\r\n".repeat(MOST_FIELDS + 1)), Err(refusal::LONG_HEAD));
     // Without an end they are refused as soon as they are too long.
-    assert_eq!(parse(&[b'x'; LONGEST_LINE + 2]).err(), Some(refusal::LONG_LINE));
+    assert_eq!(parse(&vec![b'x'; longest_line + 2]).err(), Some(refusal::LONG_LINE));
 }
 
 #[test]
@@ -174,6 +173,7 @@ fn framing() {
         ("Expect: 100-Continue\r\n", Ok(0)),
         ("Expect: 100-continue, x\r\n", Err(refusal::EXPECT)),
         ("Expect: x\r\n", Err(refusal::EXPECT)),
+        ("Expect:\r\n", Err(refusal::EXPECT)),
         ("Host: b\r\n", Err(refusal::HOST)),
     ];
     for (text, expected) in table {
@@ -232,7 +232,7 @@ fn who_ends_the_connection() {
 fn forms() {
     let names_and_values = |form: &[u8]| {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let pair = |(name, value): (String, Vec<u8>)| format!("{name}={}", text(&value));
+        let pair = |(name, value): (Vec<u8>, Vec<u8>)| text(&name) + "=" + &text(&value);
         let fields = form_fields(form)?.into_iter().map(pair);
         Ok(fields.collect::<Vec<_>>().join("|"))
     };
@@ -263,27 +263,17 @@ fn percent_escapes() {
 }
 
 #[test]
-fn host_names() {
-    let table = [
-        ("a.b:1", Some("a.b")),
-        ("A", Some("a")),
-        ("a:", Some("a")),
-        ("[::1]", Some("::1")),
-        ("[::1]:80", Some("::1")),
-        ("", None),
-        (":80", None),
-        ("::1", None),
-        ("[::1", None),
-        ("[::1]x", None),
-        ("[]", None),
-        ("[localhost]", None),
-        ("[127.0.0.1]", None),
-        ("a:b", None),
-        ("a b", None),
-        ("a/b", None),
-        ("a@b", None),
-    ];
-    for (authority, expected) in table {
-        assert_eq!(host_of(authority).as_deref(), expected, "{authority}");
+fn hosts() {
+    let host = |host: &str| {
+        let head = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        parse(head.as_bytes()).map(drop)
+    };
+    for good in ["a.b:1", "A", "a:", "127.0.0.1", "[::1]", "[::1]:80", "a_b~%41"] {
+        assert_eq!(host(good), Ok(()), "{good}");
     }
+    for bad in ["", "a b", "a/b", "a@b", "a\tb", "a,b", "\u{e9}", "a\r\nHost: a", "a\r\nHost:"] {
+        assert_eq!(host(bad), Err(refusal::HOST), "{bad}");
+    }
+    assert_eq!(parse(b"GET / HTTP/1.0\r\n\r\n").err(), None);
+    assert_eq!(parse(b"GET / HTTP/1.0\r\nHost:\r\n\r\n").err(), Some(refusal::HOST));
 }
