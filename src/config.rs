@@ -21,9 +21,6 @@ pub struct Exit(pub u8, pub String);
 /// The number is Cargo.toml's, which a build by rustc alone does not see.
 pub const VERSION: &str = "ssecommander 0.1.0\n";
 
-/// An option's value, or what it has to be.
-type Parsed<T> = Result<T, &'static str>;
-
 impl Config {
     /// Reads the arguments, without the program's name.
     pub fn parse(args: &[String]) -> Result<Config, Exit> {
@@ -54,8 +51,9 @@ impl Config {
         let is_exposed = !config.address().ip().to_canonical().is_loopback();
         let admits_any_page = config.rules.origins.iter().any(|origin| origin == "*");
         if (is_exposed || admits_any_page) && config.rules.token.is_none() && !config.no_token {
-            let danger = "an address beyond loopback, or --allow-origin *, needs --token-file";
-            return Err(Exit(1, format!("{danger}, or --no-token if anybody may run anything")));
+            let remedy = "give --token-file, or --no-token if that is meant";
+            let danger = format!("anybody, or any page, could call {}", config.address());
+            return Err(Exit(1, format!("{danger}; {remedy}")));
         }
         Ok(config)
     }
@@ -65,8 +63,8 @@ impl Config {
         self.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000)))
     }
 
-    /// Takes an option. Its value is behind `=`, or the next one of `args`.
-    fn take(&mut self, argument: &str, args: &mut Iter<String>) -> Parsed<()> {
+    /// Takes an option; its value is behind `=`, or the next one of `args`. Fails with what it has to be.
+    fn take(&mut self, argument: &str, args: &mut Iter<String>) -> Result<(), &'static str> {
         let (name, given) = match argument.split_once('=') {
             Some((name, value)) if name.starts_with("--") => (name, Some(value)),
             _ => (argument, None),
@@ -96,18 +94,18 @@ impl Config {
     }
 }
 
-fn parse_address(text: &str) -> Parsed<SocketAddr> {
+fn parse_address(text: &str) -> Result<SocketAddr, &'static str> {
     let port = text.strip_prefix("localhost:").unwrap_or(text);
     let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
     let address = if is_port { format!("127.0.0.1:{port}") } else { text.to_string() };
     address.parse().map_err(|_| "it needs IP:PORT, [IPv6]:PORT, localhost:PORT or PORT")
 }
 
-fn parse_path(text: &str) -> Parsed<String> {
+fn parse_path(text: &str) -> Result<String, &'static str> {
     if text.is_empty() { Err("it needs a file") } else { Ok(text.to_string()) }
 }
 
-fn parse_allowed(text: &str) -> Parsed<Allowed> {
+fn parse_allowed(text: &str) -> Result<Allowed, &'static str> {
     // /commands lists one a line.
     if text.contains(['\n', '\r']) {
         return Err("it needs a command line on one line");
@@ -115,7 +113,7 @@ fn parse_allowed(text: &str) -> Parsed<Allowed> {
     Allowed::parse(text).map_err(|_| "it needs a command line, quoted as a whole")
 }
 
-fn parse_count(text: &str) -> Parsed<usize> {
+fn parse_count(text: &str) -> Result<usize, &'static str> {
     match text.parse() {
         // std would take a sign.
         Ok(number) if number > 0 && !text.starts_with('+') => Ok(number),
@@ -124,7 +122,7 @@ fn parse_count(text: &str) -> Parsed<usize> {
 }
 
 /// Plain decimal seconds, at most a year.
-fn parse_seconds(text: &str) -> Parsed<Duration> {
+fn parse_seconds(text: &str) -> Result<Duration, &'static str> {
     // std would take a sign, an exponent, `inf` and `nan`.
     let is_plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     match text.parse() {
@@ -134,14 +132,13 @@ fn parse_seconds(text: &str) -> Parsed<Duration> {
 }
 
 /// `scheme://host[:port]`, as in the `Origin` field (RFC 6454 section 7), or `*`.
-fn parse_origin(text: &str) -> Parsed<String> {
-    let is_good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
-    let is_part = |part: &str| !part.is_empty() && part.chars().all(is_good);
-    let (scheme, host) = text.split_once("://").unwrap_or_default();
-    if text == "*" || (is_part(scheme) && is_part(host)) {
-        return Ok(text.to_string());
+fn parse_origin(text: &str) -> Result<String, &'static str> {
+    let (_, host) = text.split_once("://").unwrap_or_default();
+    if text != "*" && (host.is_empty() || host.contains('/')) {
+        return Err("it needs an origin as browsers send it (https://ops.example), or *");
     }
-    Err("it needs an origin as browsers send it (https://ops.example), or *")
+    // As browsers write it.
+    Ok(text.to_ascii_lowercase())
 }
 
 /// The first line of a file: visible ASCII, as it has to fit a field.
