@@ -15,7 +15,6 @@ pub struct Config {
 
 /// Why the program ends before it serves: its exit status and what it says. 2 is a wrong command line, 1
 /// something that it asks for and that cannot be had.
-#[derive(Debug, PartialEq)]
 pub struct Exit(pub u8, pub String);
 
 /// The number is Cargo.toml's, which a build by rustc alone does not see.
@@ -303,6 +302,12 @@ mod tests {
         for (line, names) in table {
             is_wrong(line, names);
         }
+    }
+
+    #[test]
+    fn origins_are_written_as_browsers_do() {
+        let config = parse(&["--allow-origin", "HTTPS://Ops.example:8443"]).unwrap();
+        assert_eq!(config.rules.origins, ["https://ops.example:8443"]);
     }
 
     #[test]

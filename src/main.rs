@@ -49,8 +49,7 @@ fn main() -> ExitCode {
 fn start() -> Result<(), Exit> {
     // Made into text with losses, an argument could name another file, or admit another command.
     let args: Result<Vec<_>, _> = env::args_os().skip(1).map(OsString::into_string).collect();
-    let args =
-        args.map_err(|argument| Exit(2, format!("{argument:?} is not UTF-8; see --help")))?;
+    let args = args.map_err(|wrong| Exit(2, format!("{wrong:?} is not UTF-8; see --help")))?;
     let text = match args.join(" ").as_str() {
         "-h" | "--help" => response::USAGE,
         "-V" | "--version" => VERSION,
