@@ -26,7 +26,7 @@ const SAME_SIGNAL: Duration = Duration::from_millis(200);
 pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // std's `accept` would go on after a signal, so it is not what waits.
     listener.set_nonblocking(true)?;
-    // Each connection's thread holds it too, so its holders are counted instead of connections.
+    // Each connection's thread holds it, and this one: so its holders are one more than there are connections.
     let config = Arc::new(config);
     while !sys::is_ending() {
         let waiting = Arc::strong_count(&config).saturating_sub(RUNNING.load(SeqCst));
@@ -45,12 +45,11 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // Connections see the signal by themselves, and end after their commands.
     let begun = Instant::now();
     let mut deadline = begun + config.limits.grace + AFTER_GRACE;
-    let mut first_signals = sys::SIGNALS.load(SeqCst);
     while Arc::strong_count(&config) > 1 && Instant::now() < deadline {
-        let signals = sys::SIGNALS.load(SeqCst);
         if begun.elapsed() < SAME_SIGNAL {
-            first_signals = signals;
-        } else if signals > first_signals {
+            // Those that have come by now are one.
+            sys::SIGNALS.store(1, SeqCst);
+        } else if sys::SIGNALS.load(SeqCst) > 1 {
             IS_URGENT.store(true, SeqCst);
             deadline = deadline.min(Instant::now() + URGENT_TIME);
         }
