@@ -1,11 +1,10 @@
 //! The time of day, as milliseconds since 1970 and as the two dates that the program writes.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::UNIX_EPOCH;
 
 /// Milliseconds since 1970-01-01 UTC; 0 on a host whose clock stands before that.
 pub fn unix_millis() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_millis() as u64)
+    UNIX_EPOCH.elapsed().map_or(0, |since| since.as_millis() as u64)
 }
 
 /// `2026-11-22T12:00:00.000Z` (RFC 3339), as log lines begin.
@@ -19,25 +18,26 @@ pub fn imf_fixdate(millis: u64) -> String {
     let (year, month, day, time) = calendar(millis / 1000);
     // 1970 began on a Thursday.
     let weekday = &"ThuFriSatSunMonTueWed"[(millis / 86_400_000) as usize % 7 * 3..][..3];
-    let month = &"JanFebMarAprMayJunJulAugSepOctNovDec"[month as usize * 3 - 3..][..3];
+    let month = &"JanFebMarAprMayJunJulAugSepOctNovDec"[(month - 1) * 3..][..3];
     format!("{weekday}, {day:02} {month} {year:04} {time} GMT")
 }
 
 /// Year, month and day in the Gregorian calendar, and the time of day, of a second counted from 1970-01-01.
-///
-/// Years that begin in March have their leap day last, and months whose first days lie on the line
-/// (153 m + 2) / 5. Counted from 0000-03-01, 719,468 days before 1970, in eras of 400 years, 146,097 days each.
-fn calendar(seconds: u64) -> (u64, u64, u64, String) {
+fn calendar(seconds: u64) -> (u64, usize, u64, String) {
+    let leap_days = |year: u64| u64::from(year % 4 == 0 && (year % 100 != 0 || year % 400 == 0));
+    // Counted from 0, until months and days are told.
+    let (mut year, mut month, mut day) = (1970, 0, seconds / 86_400);
+    while day >= 365 + leap_days(year) {
+        day -= 365 + leap_days(year);
+        year += 1;
+    }
+    let lengths = [31, 28 + leap_days(year), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+    while day >= lengths[month] {
+        day -= lengths[month];
+        month += 1;
+    }
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let days = seconds / 86_400 + 719_468;
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let day = day - (153 * month + 2) / 5 + 1;
-    let month = if month < 10 { month + 3 } else { month - 9 };
-    let year = era * 400 + year + u64::from(month <= 2);
-    (year, month, day, format!("{hour:02}:{minute:02}:{second:02}"))
+    (year, month + 1, day + 1, format!("{hour:02}:{minute:02}:{second:02}"))
 }
 
 #[cfg(test)]
@@ -68,8 +68,8 @@ mod tests {
         for days in 0..146_097 {
             assert_eq!(calendar(days * 86_400), (year, month, day, midnight.clone()));
             let leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
-            let last = [31, if leap { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31]
-                [month as usize - 1];
+            let last =
+                [31, if leap { 29 } else { 28 }, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31][month - 1];
             day += 1;
             if day > last {
                 (day, month) = (1, month + 1);

@@ -1,125 +1,110 @@
 //! The command line, as what each room below is told.
 
 use crate::refusal::{shown, words_of};
-use crate::{policy::Allowed, policy::Rules, response::USAGE, run::Limits};
-use std::{ffi::OsString, fs, net::SocketAddr, time::Duration};
+use crate::{policy::Allowed, policy::Rules, run::Limits};
+use std::{fs, net::SocketAddr, slice::Iter, time::Duration};
 
 /// What the server is to do.
 pub struct Config {
-    pub address: SocketAddr,
     pub rules: Rules,
     pub limits: Limits,
-}
-
-/// What the arguments ask for.
-pub enum Wish {
-    Serve(Config),
-    /// Nothing but this text on stdout.
-    Print(String),
+    listen: Option<SocketAddr>,
+    token_file: Option<String>,
+    no_token: bool,
 }
 
 /// Why the program ends before it serves: its exit status and what it says. 2 is a wrong command line, 1
 /// something that it asks for and that cannot be had.
-#[derive(Debug, PartialEq)]
 pub struct Exit(pub u8, pub String);
 
-/// The same as in Cargo.toml, which a build by rustc alone does not see.
-pub const VERSION: &str = "0.1.0";
+/// The number is Cargo.toml's, which a build by rustc alone does not see.
+pub const VERSION: &str = "ssecommander 0.1.0\n";
 
-const YEAR: f64 = 365.0 * 86_400.0;
-
-/// An option's value, or what it has to be.
-type Parsed<T> = Result<T, &'static str>;
-
-impl Wish {
+impl Config {
     /// Reads the arguments, without the program's name.
-    pub fn parse(args: impl Iterator<Item = OsString>) -> Result<Wish, Exit> {
-        // Made into text with losses, an argument could name another file, or admit another command.
-        let args: Result<Vec<String>, OsString> = args.map(OsString::into_string).collect();
-        let not_text = |argument| Exit(2, format!("{argument:?} is not UTF-8; see --help"));
-        let args = args.map_err(not_text)?;
-        match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-            ["-h" | "--help"] => Ok(Wish::Print(USAGE.to_string())),
-            ["-V" | "--version"] => Ok(Wish::Print(format!("ssecommander {VERSION}\n"))),
-            _ => parse_options(&args).map(Wish::Serve),
+    pub fn parse(args: &[String]) -> Result<Config, Exit> {
+        let limits = Limits {
+            max_commands: 128,
+            timeout: Duration::ZERO,
+            grace: Duration::from_secs(2),
+            heartbeat: Duration::from_secs(15),
+            stall: Duration::from_secs(60),
+            verbose: false,
+        };
+        let rules = Rules::default();
+        let mut config = Config { rules, limits, listen: None, token_file: None, no_token: false };
+        let mut args = args.iter();
+        while let Some(argument) = args.next() {
+            if let Err(what) = config.take(argument, &mut args) {
+                // What follows an --allow may be the rest of its command line.
+                let quote = "; after --allow, quote the whole command line";
+                let hint = if config.rules.allowed.is_empty() { "" } else { quote };
+                let line = format!("{argument}: {what}{hint}; see --help");
+                return Err(Exit(2, shown(line.as_bytes())));
+            }
         }
+        if let Some(path) = &config.token_file {
+            config.rules.token = Some(read_token(path)?);
+        }
+        // Without a token, only who is on this host may call.
+        let is_exposed = !config.address().ip().to_canonical().is_loopback();
+        let admits_any_page = config.rules.origins.iter().any(|origin| origin == "*");
+        if (is_exposed || admits_any_page) && config.rules.token.is_none() && !config.no_token {
+            let remedy = "give --token-file, or --no-token if that is meant";
+            let danger = format!("anybody, or any page, could call {}", config.address());
+            return Err(Exit(1, format!("{danger}; {remedy}")));
+        }
+        Ok(config)
     }
-}
 
-fn parse_options(args: &[String]) -> Result<Config, Exit> {
-    let (mut address, mut token_file, mut no_token) = (None, None, false);
-    let mut rules = Rules::default();
-    let mut limits = Limits {
-        max_commands: 128,
-        timeout: Duration::ZERO,
-        grace: Duration::from_secs(2),
-        heartbeat: Duration::from_secs(15),
-        stall: Duration::from_secs(60),
-        verbose: false,
-    };
-    let mut args = args.iter().map(String::as_str);
-    while let Some(argument) = args.next() {
+    /// Where to listen.
+    pub fn address(&self) -> SocketAddr {
+        self.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000)))
+    }
+
+    /// Takes an option; its value is behind `=`, or the next one of `args`. Fails with what it has to be.
+    fn take(&mut self, argument: &str, args: &mut Iter<String>) -> Result<(), &'static str> {
         let (name, given) = match argument.split_once('=') {
             Some((name, value)) if name.starts_with("--") => (name, Some(value)),
             _ => (argument, None),
         };
-        // What follows an --allow may be the rest of its command line.
-        let quote = "; after --allow, quote the whole command line";
-        let hint = if rules.allowed.is_empty() { "" } else { quote };
-        let mut value = || given.or_else(|| args.next()).unwrap_or_default();
-        let parsed = match name {
-            "-l" | "--listen" if address.is_some() => Err("it may be given once"),
-            "-l" | "--listen" => parse_address(value()).map(|new| address = Some(new)),
-            "--token-file" if token_file.is_some() => Err("it may be given once"),
-            "--token-file" => parse_path(value()).map(|new| token_file = Some(new)),
-            "--no-token" => parse_flag(given).map(|new| no_token = new),
-            "--allow" => parse_allowed(value()).map(|new| rules.allowed.push(new)),
-            "--allow-origin" => parse_origin(value()).map(|new| rules.origins.push(new)),
-            "--max-commands" => parse_count(value()).map(|new| limits.max_commands = new),
-            "--timeout" => parse_seconds(value()).map(|new| limits.timeout = new),
-            "--grace" => parse_seconds(value()).map(|new| limits.grace = new),
-            "--heartbeat" => parse_some_seconds(value()).map(|new| limits.heartbeat = new),
-            "--stall" => parse_some_seconds(value()).map(|new| limits.stall = new),
-            "-v" | "--verbose" => parse_flag(given).map(|new| limits.verbose = new),
-            "-h" | "--help" | "-V" | "--version" => Err("it stands alone"),
-            _ => Err("there is no such option"),
-        };
-        if let Err(what) = parsed {
-            let line = format!("{argument}: {what}{hint}; see --help");
-            return Err(Exit(2, shown(line.as_bytes())));
+        let mut value = || given.or_else(|| args.next().map(String::as_str)).unwrap_or_default();
+        match name {
+            "-l" | "--listen" if self.listen.is_some() => return Err("it may be given once"),
+            "-l" | "--listen" => self.listen = Some(parse_address(value())?),
+            "--allow" => self.rules.allowed.push(parse_allowed(value())?),
+            "--allow-origin" => self.rules.origins.push(parse_origin(value())?),
+            "--token-file" => self.token_file = Some(parse_path(value())?),
+            "--max-commands" => self.limits.max_commands = parse_count(value())?,
+            "--timeout" => self.limits.timeout = parse_seconds(value())?,
+            "--grace" => self.limits.grace = parse_seconds(value())?,
+            "--heartbeat" => self.limits.heartbeat = parse_seconds(value())?,
+            "--stall" => self.limits.stall = parse_seconds(value())?,
+            "-h" | "--help" | "-V" | "--version" => return Err("it stands alone"),
+            "--no-token" | "-v" | "--verbose" if given.is_some() => return Err("it has no value"),
+            "--no-token" => self.no_token = true,
+            "-v" | "--verbose" => self.limits.verbose = true,
+            _ => return Err("there is no such option"),
         }
+        if self.limits.heartbeat.is_zero() || self.limits.stall.is_zero() {
+            return Err("it needs more than 0 seconds");
+        }
+        Ok(())
     }
-    if let Some(path) = token_file {
-        rules.token = Some(read_token(path)?);
-    }
-    let address = address.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000)));
-    // Without a token, only who is on this host may call.
-    let is_exposed = !address.ip().to_canonical().is_loopback();
-    let admits_any_page = rules.origins.iter().any(|origin| origin == "*");
-    if (is_exposed || admits_any_page) && rules.token.is_none() && !no_token {
-        let danger = if is_exposed { address.to_string() } else { "--allow-origin *".to_string() };
-        let remedy = "needs --token-file, or --no-token if anybody may run anything";
-        return Err(Exit(1, format!("{danger} {remedy}")));
-    }
-    Ok(Config { address, rules, limits })
 }
 
-fn parse_flag(given: Option<&str>) -> Parsed<bool> {
-    if given.is_some() { Err("it has no value") } else { Ok(true) }
-}
-
-fn parse_address(text: &str) -> Parsed<SocketAddr> {
+fn parse_address(text: &str) -> Result<SocketAddr, &'static str> {
     let port = text.strip_prefix("localhost:").unwrap_or(text);
     let is_port = port.bytes().all(|byte| byte.is_ascii_digit());
     let address = if is_port { format!("127.0.0.1:{port}") } else { text.to_string() };
     address.parse().map_err(|_| "it needs IP:PORT, [IPv6]:PORT, localhost:PORT or PORT")
 }
 
-fn parse_path(text: &str) -> Parsed<&str> {
-    if text.is_empty() { Err("it needs a file") } else { Ok(text) }
+fn parse_path(text: &str) -> Result<String, &'static str> {
+    if text.is_empty() { Err("it needs a file") } else { Ok(text.to_string()) }
 }
 
-fn parse_allowed(text: &str) -> Parsed<Allowed> {
+fn parse_allowed(text: &str) -> Result<Allowed, &'static str> {
     // /commands lists one a line.
     if text.contains(['\n', '\r']) {
         return Err("it needs a command line on one line");
@@ -127,7 +112,7 @@ fn parse_allowed(text: &str) -> Parsed<Allowed> {
     Allowed::parse(text).map_err(|_| "it needs a command line, quoted as a whole")
 }
 
-fn parse_count(text: &str) -> Parsed<usize> {
+fn parse_count(text: &str) -> Result<usize, &'static str> {
     match text.parse() {
         // std would take a sign.
         Ok(number) if number > 0 && !text.starts_with('+') => Ok(number),
@@ -136,29 +121,23 @@ fn parse_count(text: &str) -> Parsed<usize> {
 }
 
 /// Plain decimal seconds, at most a year.
-fn parse_seconds(text: &str) -> Parsed<Duration> {
+fn parse_seconds(text: &str) -> Result<Duration, &'static str> {
     // std would take a sign, an exponent, `inf` and `nan`.
     let is_plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     match text.parse() {
-        Ok(seconds) if is_plain && seconds <= YEAR => Ok(Duration::from_secs_f64(seconds)),
+        Ok(seconds) if is_plain && seconds <= 31_536_000.0 => Ok(Duration::from_secs_f64(seconds)),
         _ => Err("it needs seconds, at most 31536000"),
     }
 }
 
-fn parse_some_seconds(text: &str) -> Parsed<Duration> {
-    let time = parse_seconds(text)?;
-    if time.is_zero() { Err("it needs more than 0 seconds") } else { Ok(time) }
-}
-
 /// `scheme://host[:port]`, as in the `Origin` field (RFC 6454 section 7), or `*`.
-fn parse_origin(text: &str) -> Parsed<String> {
-    let is_good = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.:[]_".contains(c);
-    let is_part = |part: &str| !part.is_empty() && part.chars().all(is_good);
-    let (scheme, host) = text.split_once("://").unwrap_or_default();
-    if text == "*" || (is_part(scheme) && is_part(host)) {
-        return Ok(text.to_string());
+fn parse_origin(text: &str) -> Result<String, &'static str> {
+    let (_, host) = text.split_once("://").unwrap_or_default();
+    if text != "*" && (host.is_empty() || host.contains('/')) {
+        return Err("it needs an origin as browsers send it (https://ops.example), or *");
     }
-    Err("it needs an origin as browsers send it (https://ops.example), or *")
+    // As browsers write it.
+    Ok(text.to_ascii_lowercase())
 }
 
 /// The first line of a file: visible ASCII, as it has to fit a field.
@@ -175,15 +154,12 @@ fn read_token(path: &str) -> Result<String, Exit> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::ffi::OsStringExt;
+    use crate::response::USAGE;
 
     /// What options make: `STATUS WORDS` where they are wrong.
     fn parse(line: &[&str]) -> Result<Config, String> {
-        match Wish::parse(line.iter().map(OsString::from)) {
-            Ok(Wish::Serve(config)) => Ok(config),
-            Ok(Wish::Print(text)) => Err(format!("0 {text}")),
-            Err(Exit(status, why)) => Err(format!("{status} {why}")),
-        }
+        let args: Vec<String> = line.iter().map(|argument| argument.to_string()).collect();
+        Config::parse(&args).map_err(|Exit(status, why)| format!("{status} {why}"))
     }
 
     fn is_wrong(line: &[&str], names: &str) {
@@ -204,13 +180,11 @@ mod tests {
 
     #[test]
     fn the_version_is_the_package_s() {
-        assert_eq!(VERSION, env!("CARGO_PKG_VERSION"));
-        assert_eq!(parse(&["-V"]).err().unwrap(), format!("0 ssecommander {VERSION}\n"));
+        assert_eq!(VERSION, format!("ssecommander {}\n", env!("CARGO_PKG_VERSION")));
     }
 
     #[test]
     fn the_usage_fits_a_terminal() {
-        assert_eq!(parse(&["--help"]).err().unwrap(), format!("0 {USAGE}"));
         assert!(USAGE.lines().count() <= 60);
         assert!(USAGE.lines().all(|line| line.chars().count() <= 80));
     }
@@ -226,10 +200,10 @@ mod tests {
         ];
         for (text, expected) in table {
             for line in [&["-l", text][..], &["--listen", text], &[&format!("--listen={text}")]] {
-                assert_eq!(parse(line).unwrap().address.to_string(), expected);
+                assert_eq!(parse(line).unwrap().address().to_string(), expected);
             }
         }
-        assert_eq!(parse(&[]).unwrap().address.to_string(), "127.0.0.1:3000");
+        assert_eq!(parse(&[]).unwrap().address().to_string(), "127.0.0.1:3000");
         for text in [
             "",
             "65536",
@@ -328,9 +302,12 @@ mod tests {
         for (line, names) in table {
             is_wrong(line, names);
         }
-        let not_text = OsString::from_vec(b"--token-file=\xff".to_vec());
-        let wrong = Wish::parse([not_text].into_iter()).err().unwrap();
-        assert!(wrong.0 == 2 && wrong.1.contains("UTF-8"), "{wrong:?}");
+    }
+
+    #[test]
+    fn origins_are_written_as_browsers_do() {
+        let config = parse(&["--allow-origin", "HTTPS://Ops.example:8443"]).unwrap();
+        assert_eq!(config.rules.origins, ["https://ops.example:8443"]);
     }
 
     #[test]

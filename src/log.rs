@@ -5,8 +5,8 @@
 //! nobody reads, Ctrl-S), and nothing else is to wait with it. Who finds no room in the queue counts the
 //! line as lost and goes on.
 
-use crate::clock;
-use std::sync::{OnceLock, atomic::AtomicU64, atomic::Ordering::SeqCst, mpsc};
+use crate::clock::{rfc3339, unix_millis};
+use std::sync::{OnceLock, atomic::AtomicUsize, atomic::Ordering::SeqCst, mpsc};
 use std::time::{Duration, Instant};
 use std::{fmt::Arguments, io, io::Write, thread};
 
@@ -23,9 +23,9 @@ const PAUSE: Duration = Duration::from_millis(1);
 
 static LINES: OnceLock<mpsc::SyncSender<String>> = OnceLock::new();
 /// Lines in the queue, with the one that is being written.
-static WAITING: AtomicU64 = AtomicU64::new(0);
+static WAITING: AtomicUsize = AtomicUsize::new(0);
 /// Lines that were not written, and that no line has told of.
-static LOST: AtomicU64 = AtomicU64::new(0);
+static LOST: AtomicUsize = AtomicUsize::new(0);
 /// What is left out of every text, escaped as texts are.
 static TOKEN: OnceLock<String> = OnceLock::new();
 
@@ -39,7 +39,7 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
     thread::Builder::new().spawn(move || {
         let mut begin = "";
         for line in lines {
-            let (lost, now) = (LOST.swap(0, SeqCst), timestamp());
+            let (lost, now) = (LOST.swap(0, SeqCst), rfc3339(unix_millis()));
             let told = if lost > 0 { format!("{now} lost lines={lost}\n") } else { String::new() };
             // Fails on a full disk, in a file at its size limit, in a closed pipe. Half of it may stand there
             // then, behind which no other line may begin.
@@ -57,13 +57,9 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
     Ok(())
 }
 
-fn timestamp() -> String {
-    clock::rfc3339(clock::unix_millis())
-}
-
 /// Has `TIME HAPPENING key=value …` written, and does not wait for it.
 pub fn line(happening: Arguments) {
-    let line = format!("{} {happening}\n", timestamp());
+    let line = format!("{} {happening}\n", rfc3339(unix_millis()));
     WAITING.fetch_add(1, SeqCst);
     if LINES.get().is_none_or(|lines| lines.try_send(line).is_err()) {
         WAITING.fetch_sub(1, SeqCst);

@@ -33,9 +33,9 @@ mod log;
 #[allow(unsafe_code)]
 mod sys;
 
-use config::{Config, Exit, Wish};
+use config::{Config, Exit, VERSION};
 use refusal::words_of;
-use std::{io, io::Write, net::TcpListener, process::ExitCode, thread};
+use std::{env, ffi::OsString, io, io::Write, net::TcpListener, process::ExitCode, thread};
 
 fn main() -> ExitCode {
     let Err(Exit(status, why)) = start() else {
@@ -47,28 +47,32 @@ fn main() -> ExitCode {
 }
 
 fn start() -> Result<(), Exit> {
-    let config = match Wish::parse(std::env::args_os().skip(1))? {
-        Wish::Serve(config) => config,
-        Wish::Print(text) => {
-            let _ = write!(io::stdout(), "{text}");
-            return Ok(());
+    // Made into text with losses, an argument could name another file, or admit another command.
+    let args: Result<Vec<_>, _> = env::args_os().skip(1).map(OsString::into_string).collect();
+    let args = args.map_err(|wrong| Exit(2, format!("{wrong:?} is not UTF-8; see --help")))?;
+    let text = match args.join(" ").as_str() {
+        "-h" | "--help" => response::USAGE,
+        "-V" | "--version" => VERSION,
+        _ => {
+            let config = Config::parse(&args)?;
+            let url = format!("http://{}", config.address());
+            let cannot = |error| Exit(1, format!("cannot serve on {url}: {}", words_of(&error)));
+            return serve(config).map_err(cannot);
         }
     };
-    let cannot = |what: &str, error| Exit(1, format!("cannot {what}: {}", words_of(&error)));
-    supervisor::split().map_err(|error| cannot("start the server", error))?;
-    let name = format!("listen on http://{}", config.address);
-    let listener = TcpListener::bind(config.address).map_err(|error| cannot(&name, error))?;
-    serve(listener, config).map_err(|error| cannot("serve", error))
+    let _ = write!(io::stdout(), "{text}");
+    Ok(())
 }
 
-fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
+fn serve(config: Config) -> io::Result<()> {
+    supervisor::split()?;
+    let listener = TcpListener::bind(config.address())?;
     // With the port that was taken where 0 was asked for.
     let address = listener.local_addr()?;
     log::start(config.rules.token.as_ref())?;
     log::line(format_args!("listen address=http://{address}"));
     if !processes::is_known() {
-        let why = "without /proc, what is left after a kill -9 of the server cannot be found";
-        log::line(format_args!("listen why=\"{why}\""));
+        log::line(format_args!("listen why=\"without /proc, what a kill -9 leaves is not found\""));
     }
     // Nobody waits for a stdout that is a full pipe.
     thread::Builder::new().spawn(move || {

@@ -1,9 +1,9 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::run::{Client, Counted, IS_URGENT, RUNNING};
+use crate::run::{Client, IS_URGENT, RUNNING};
 use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::SeqCst};
+use std::sync::{Arc, atomic::Ordering::SeqCst};
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
@@ -22,16 +22,15 @@ const URGENT_TIME: Duration = Duration::from_millis(400);
 /// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
 
-static CONNECTIONS: AtomicUsize = AtomicUsize::new(0);
-
 /// Serves until a signal ends the server, and every command has ended.
 pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // std's `accept` would go on after a signal, so it is not what waits.
     listener.set_nonblocking(true)?;
+    // Each connection's thread holds it, and this one: so its holders are one more than there are connections.
     let config = Arc::new(config);
     while !sys::is_ending() {
-        let waiting = CONNECTIONS.load(SeqCst).saturating_sub(RUNNING.load(SeqCst));
-        if waiting >= MOST_WAITING {
+        let waiting = Arc::strong_count(&config).saturating_sub(RUNNING.load(SeqCst));
+        if waiting > MOST_WAITING {
             thread::sleep(PAUSE);
         } else if sys::poll_one(&listener, sys::POLLIN, TICK) != 0 {
             match listener.accept() {
@@ -43,7 +42,19 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     }
     drop(listener);
     log::line(format_args!("shutdown"));
-    wait_for_the_end(config.limits.grace);
+    // Connections see the signal by themselves, and end after their commands.
+    let begun = Instant::now();
+    let mut deadline = begun + config.limits.grace + AFTER_GRACE;
+    while Arc::strong_count(&config) > 1 && Instant::now() < deadline {
+        if begun.elapsed() < SAME_SIGNAL {
+            // Those that have come by now are one.
+            sys::SIGNALS.store(1, SeqCst);
+        } else if sys::SIGNALS.load(SeqCst) > 1 {
+            IS_URGENT.store(true, SeqCst);
+            deadline = deadline.min(Instant::now() + URGENT_TIME);
+        }
+        thread::sleep(PAUSE);
+    }
     Ok(())
 }
 
@@ -53,36 +64,15 @@ fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
     // Shared with the thread, so that it is still there where that could not be started.
     let socket = Arc::new(socket);
     while !sys::is_ending() {
-        CONNECTIONS.fetch_add(1, SeqCst);
-        let counted = Counted(&CONNECTIONS);
         let (config, socket) = (config.clone(), socket.clone());
+        // A connection that fails just ends.
         let serve = move || {
-            let _counted = counted;
-            // A connection that fails just ends.
             let client = Client { socket: &socket, peer };
-            let _ = connection::serve(client, &config.rules, &config.limits);
+            connection::serve(client, &config.rules, &config.limits)
         };
         // `thread::spawn` would panic.
         if thread::Builder::new().stack_size(STACK).spawn(serve).is_ok() {
             return;
-        }
-        thread::sleep(PAUSE);
-    }
-}
-
-/// Waits for all connections: they see the signal by themselves, and end after their commands.
-fn wait_for_the_end(grace: Duration) {
-    let mut deadline = Instant::now() + grace + AFTER_GRACE;
-    let (mut known, mut first_seen) = (0, None);
-    while CONNECTIONS.load(SeqCst) > 0 && Instant::now() < deadline {
-        let terminations = sys::TERMINATIONS.load(SeqCst);
-        if terminations > known {
-            known = terminations;
-            let since_first = first_seen.get_or_insert_with(Instant::now).elapsed();
-            if since_first >= SAME_SIGNAL {
-                IS_URGENT.store(true, SeqCst);
-                deadline = deadline.min(Instant::now() + URGENT_TIME);
-            }
         }
         thread::sleep(PAUSE);
     }

@@ -16,7 +16,6 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// Splits the program in two, and returns in the server. The supervisor ends here, with the server's exit
 /// status, when the server has ended and all it left was killed. Call it before any thread is started.
 pub fn split() -> io::Result<()> {
-    sys::take_signals();
     let Some(server) = sys::fork_server()? else {
         return Ok(());
     };
@@ -28,7 +27,7 @@ pub fn split() -> io::Result<()> {
     }
     // The server is a zombie until it is reaped, so no other session can have got its number.
     kill_session(server);
-    process::exit(sys::reap(server)?.into())
+    process::exit(sys::reap(server)?)
 }
 
 /// Kills what is left of the session, until nothing is but zombies and what may not be signalled.

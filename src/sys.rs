@@ -6,8 +6,8 @@
 //! compile rather than misbehave.
 
 use std::ffi::{c_int, c_short, c_uint, c_ulong};
-use std::os::{fd::AsFd, fd::AsRawFd, unix::process::parent_id};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
+use std::os::{fd::AsFd, fd::AsRawFd, unix::process::ExitStatusExt, unix::process::parent_id};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::{io, net::TcpStream, process, ptr, time::Duration};
 
 #[cfg(not(target_os = "linux"))]
@@ -25,7 +25,6 @@ pub const SIGTERM: c_int = 15;
 const SIGCHLD: c_int = 17;
 pub const SIGCONT: c_int = 18;
 const SIGXFSZ: c_int = 25;
-const SIG_DFL: usize = 0;
 const SIG_IGN: usize = 1;
 const SIG_SETMASK: c_int = 2;
 
@@ -43,13 +42,11 @@ struct PollFd {
     revents: c_short,
 }
 
-/// `siginfo_t`, 128 bytes, as the ints of which waitid(2) fills in these places. What signals bring along
-/// begins with `si_pid`, aligned to a pointer.
+/// `siginfo_t`, 128 bytes, as ints. For a child, three of them are followed by `si_pid`, in a union that is
+/// aligned to a pointer (sigaction(2)).
 #[repr(C, align(8))]
 struct SignalInfo([c_int; 32]);
-const SI_CODE: usize = 2;
 const SI_PID: usize = if cfg!(target_pointer_width = "64") { 4 } else { 3 };
-const SI_STATUS: usize = SI_PID + 2;
 
 unsafe extern "C" {
     fn fcntl(fd: c_int, command: c_int, ...) -> c_int;
@@ -59,25 +56,23 @@ unsafe extern "C" {
     fn prctl(option: c_int, ...) -> c_int;
     fn setsid() -> c_int;
     fn setsockopt(fd: c_int, level: c_int, name: c_int, val: *const c_int, len: c_uint) -> c_int;
-    fn signal(signal: c_int, handler: usize) -> usize;
+    fn signal(signal: c_int, handler: Option<extern "C" fn(c_int)>) -> usize;
     fn sigprocmask(how: c_int, set: *const [c_ulong; 32], old: *mut [c_ulong; 32]) -> c_int;
+    fn waitpid(pid: c_int, status: *mut c_int, options: c_int) -> c_int;
     fn waitid(idtype: c_uint, id: c_uint, info: *mut SignalInfo, options: c_int) -> c_int;
 }
 
-/// How many SIGTERM and SIGINT have come to this process.
-pub static TERMINATIONS: AtomicU32 = AtomicU32::new(0);
-/// Whether one of them has come, or SIGHUP.
-static IS_ENDING: AtomicBool = AtomicBool::new(false);
-/// In the supervisor the server's process id, once it is known; else 0.
+/// How many signals have come that end the server. Of SIGHUP only the first counts, since a terminal that
+/// closes sends several.
+pub static SIGNALS: AtomicU32 = AtomicU32::new(0);
+/// In the supervisor the server's process id, else 0.
 static SERVER: AtomicI32 = AtomicI32::new(0);
 
-/// Notes a signal, and hands it on where the server's number is known. Only what signal-safety(7) admits:
-/// atomics and kill(2).
+/// Notes a signal, and hands it on to the server. Only what signal-safety(7) admits: atomics and kill(2).
 extern "C" fn note(number: c_int) {
-    if number != SIGHUP {
-        TERMINATIONS.fetch_add(1, SeqCst);
+    if number != SIGHUP || !is_ending() {
+        SIGNALS.fetch_add(1, SeqCst);
     }
-    IS_ENDING.store(true, SeqCst);
     let server = SERVER.load(SeqCst);
     if server > 0 {
         // SAFETY: numbers alone. To reap the server is the supervisor's last act, so until then the number
@@ -88,67 +83,61 @@ extern "C" fn note(number: c_int) {
 
 extern "C" fn do_nothing(_: c_int) {}
 
-/// Takes SIGTERM, SIGINT and SIGHUP, which are noted from now on, and undoes what whoever started the
-/// program may have left in the way.
-///
-/// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
-/// the default for what is handled, but would inherit what is ignored.
-pub fn take_signals() {
-    let note = note as extern "C" fn(c_int) as usize;
-    let do_nothing = do_nothing as extern "C" fn(c_int) as usize;
-    // SAFETY: both handlers are async-signal-safe; of a `sigset_t` no bit is set in an array of zeros that is
-    // larger than it.
-    unsafe {
-        signal(SIGTERM, note);
-        signal(SIGINT, note);
-        // Ignored at the start, as nohup(1) has it, it stays without effect.
-        if signal(SIGHUP, note) == SIG_IGN {
-            signal(SIGHUP, do_nothing);
-        }
-        // Ignored, it would make every wait for a child fail.
-        signal(SIGCHLD, SIG_DFL);
-        // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
-        signal(SIGXFSZ, do_nothing);
-        // Blocked signals would be inherited by commands.
-        sigprocmask(SIG_SETMASK, &[0; 32], ptr::null_mut());
-    }
-}
-
 /// Whether a signal has come that ends the server; SIGHUP, too, unless `nohup` keeps it away.
 pub fn is_ending() -> bool {
-    IS_ENDING.load(SeqCst)
+    SIGNALS.load(SeqCst) > 0
 }
 
-/// Splits the process in two. The parent gets the child's process id, and hands signals on to it from now
-/// on. The child gets `None`: it leads a session of its own, without a controlling terminal, and the kernel
-/// sends it SIGTERM when the parent ends.
+/// Splits the process in two. The parent gets the child's process id, and hands SIGTERM, SIGINT and SIGHUP
+/// on to it. The child gets `None`: it leads a session of its own, without a controlling terminal, and the
+/// kernel sends it SIGTERM when the parent ends.
 pub fn fork_server() -> io::Result<Option<u32>> {
     const PR_SET_PDEATHSIG: c_int = 1;
     let parent = process::id();
+    take_signals();
     // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
-    let pid = unsafe { fork() };
-    if pid == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    if pid == 0 {
-        // SAFETY: numbers alone; prctl's second argument is an unsigned long (PR_SET_PDEATHSIG(2const)).
-        unsafe {
-            setsid();
-            prctl(PR_SET_PDEATHSIG, SIGTERM as c_ulong);
-        }
-        if parent_id() != parent {
-            // It had ended before that was asked for.
-            send(process::id(), SIGTERM);
-        }
-        return Ok(None);
-    }
-    // In this order nothing is lost: a signal that comes before the number is stored has left its note by
-    // then. Whichever it was, SIGTERM says the same; what is told twice at once counts once.
+    let pid = check(unsafe { fork() })?;
     SERVER.store(pid, SeqCst);
-    if is_ending() {
-        send(pid as u32, SIGTERM);
+    // SAFETY: of a `sigset_t` no bit is set in an array of zeros that is larger than it.
+    unsafe { sigprocmask(SIG_SETMASK, &[0; 32], ptr::null_mut()) };
+    if pid > 0 {
+        return Ok(Some(pid as u32));
     }
-    Ok(Some(pid as u32))
+    // SAFETY: numbers alone; prctl's second argument is an unsigned long (PR_SET_PDEATHSIG(2const)).
+    unsafe {
+        setsid();
+        prctl(PR_SET_PDEATHSIG, SIGTERM as c_ulong);
+    }
+    if parent_id() != parent {
+        // It had ended before that was asked for.
+        note(SIGTERM);
+    }
+    Ok(None)
+}
+
+/// Takes the signals that end the server, and undoes what whoever started the program may have left in the
+/// way.
+///
+/// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
+/// the default for what is handled, but would inherit what is ignored.
+fn take_signals() {
+    // SAFETY: both handlers are async-signal-safe; of a `sigset_t` all bits are set in an array of ones that is
+    // larger than it.
+    unsafe {
+        // Signals wait until `fork_server` knows to whom they are handed on. It blocks none: commands would
+        // inherit that.
+        sigprocmask(SIG_SETMASK, &[c_ulong::MAX; 32], ptr::null_mut());
+        signal(SIGTERM, Some(note));
+        signal(SIGINT, Some(note));
+        // Ignored at the start, as nohup(1) has it, it stays without effect.
+        if signal(SIGHUP, Some(note)) == SIG_IGN {
+            signal(SIGHUP, Some(do_nothing));
+        }
+        // Ignored, it would make every wait for a child fail. None, a null pointer, is SIG_DFL.
+        signal(SIGCHLD, None);
+        // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
+        signal(SIGXFSZ, Some(do_nothing));
+    }
 }
 
 /// Sends `signal` to one process. Returns false where it is gone, or may not be signalled.
@@ -174,36 +163,36 @@ const WNOWAIT: c_int = 0x0100_0000;
 /// Waits until a child has exited, any child, and returns its id. It is not reaped: a zombie keeps its
 /// number from being given to another process.
 pub fn wait_any_noreap() -> io::Result<u32> {
-    let info = wait(P_ALL, 0, WEXITED | WNOWAIT)?;
-    Ok(info.0[SI_PID] as u32)
+    wait_noreap(P_ALL, 0, 0)
 }
 
 /// Whether that child has exited. It is not reaped.
 pub fn has_exited_noreap(pid: u32) -> io::Result<bool> {
-    let info = wait(P_PID, pid, WEXITED | WNOWAIT | WNOHANG)?;
-    // Where the child has not, waitid leaves 0.
-    Ok(info.0[SI_PID] != 0)
+    Ok(wait_noreap(P_PID, pid, WNOHANG)? != 0)
+}
+
+/// The id of a child that has exited, or 0 where none has and WNOHANG is asked for.
+fn wait_noreap(idtype: c_uint, id: c_uint, options: c_int) -> io::Result<u32> {
+    let mut info = SignalInfo([0; 32]);
+    // SAFETY: the call fills in a siginfo_t, for which there is room.
+    check(unsafe { waitid(idtype, id, &mut info, WEXITED | WNOWAIT | options) })?;
+    Ok(info.0[SI_PID] as u32)
 }
 
 /// Reaps that child, once it has exited. Returns its exit status as a shell has it: 128 + N where signal N
 /// ended it (XCU 2.8.2).
-pub fn reap(pid: u32) -> io::Result<u8> {
-    const CLD_EXITED: c_int = 1;
-    let info = wait(P_PID, pid, WEXITED)?;
-    let number = info.0[SI_STATUS] as u8;
-    Ok(if info.0[SI_CODE] == CLD_EXITED { number } else { 128 + number })
+pub fn reap(pid: u32) -> io::Result<i32> {
+    let mut status = 0;
+    // SAFETY: the call fills in an int.
+    check(unsafe { waitpid(pid as c_int, &mut status, 0) })?;
+    let status = process::ExitStatus::from_raw(status);
+    Ok(status.code().unwrap_or(128 + status.signal().unwrap_or(0)))
 }
 
-fn wait(idtype: c_uint, id: c_uint, options: c_int) -> io::Result<SignalInfo> {
-    let mut info = SignalInfo([0; 32]);
-    // SAFETY: the call fills in a siginfo_t, for which there is room.
-    while unsafe { waitid(idtype, id, &mut info, options) } != 0 {
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
-    Ok(info)
+/// What a call has returned, or the error that -1 stands for. None of these calls is interrupted: a wait goes
+/// on after a handler that signal(3) has set.
+fn check(returned: c_int) -> io::Result<c_int> {
+    if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(returned) }
 }
 
 /// Waits up to `wait` until one of `events`, POLLERR or POLLHUP holds for the descriptor; returns those
@@ -246,6 +235,7 @@ pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) 
     set(IPPROTO_TCP, TCP_KEEPIDLE, seconds(idle));
     // The first probe that finds the peer silent for `patience` is the last one.
     set(IPPROTO_TCP, TCP_KEEPINTVL, seconds(patience));
-    let millis = c_int::try_from(patience.as_millis()).unwrap_or(c_int::MAX);
+    // Which stops at the largest int, 24 days.
+    let millis = (patience.as_secs_f64() * 1000.0).ceil() as c_int;
     set(IPPROTO_TCP, TCP_USER_TIMEOUT, millis);
 }
