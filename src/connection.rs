@@ -170,7 +170,7 @@ impl Connection<'_> {
         let numbers = stream.exit("failed", Some(code), None, 0);
         let (peer, why) = (self.client.peer, quoted(refusal.words.as_bytes()));
         log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
-        stream.unsent().to_vec()
+        stream.unsent
     }
 
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
