@@ -3,14 +3,13 @@
 //! A leader that has exited stays a zombie until its group has been killed, so that the group's number cannot
 //! have gone to somebody else: drain, signal, reap.
 
-use crate::processes::{self, Process};
 use crate::refusal::{self, Refusal, shown, words_of};
-use crate::sys;
+use crate::{processes, processes::Process, sys};
 use std::os::{fd::OwnedFd, unix::ffi::OsStrExt, unix::process::CommandExt};
 use std::process::{self, ChildStdin, Command, ExitStatus, Stdio};
 use std::{ffi::OsStr, fs::File, io::Error, thread};
 
-/// A started command. It is killed with its group, and reaped, on every way out.
+/// A started command, to be reaped, or ended, by who has it.
 pub struct Child {
     pub pid: u32,
     /// None once it was reaped: its number may be somebody else's by then.
@@ -46,9 +45,8 @@ impl Child {
         let stdout = OwnedFd::from(process.stdout.take().expect("stdout is a pipe"));
         let stderr = OwnedFd::from(process.stderr.take().expect("stderr is a pipe"));
         let stdin = process.stdin.take();
-        let pipes = Pipes { stdin, outputs: [stdout.into(), stderr.into()] };
         let child = Child { pid: process.id(), process: Some(process), family: Vec::new() };
-        Ok((child, pipes))
+        Ok((child, Pipes { stdin, outputs: [stdout.into(), stderr.into()] }))
     }
 
     /// Whether the leader has exited.
@@ -72,12 +70,9 @@ impl Child {
         }
     }
 
-    /// Whether nobody but the leader is left alive of those that were there when it was last signalled.
+    /// Whether nobody but the leader is left alive of it and all that it started.
     pub fn is_alone(&mut self) -> bool {
-        // Most leaders were alone then, and need no search.
-        if self.family.len() > 1 {
-            self.family = processes::family(processes::all(), self.pid, &self.family);
-        }
+        self.family = processes::family(processes::all(), self.pid, &self.family);
         self.family.iter().all(|process| process.is_zombie || process.pid == self.pid)
     }
 
@@ -92,11 +87,9 @@ impl Child {
         let _ = thread::Builder::new().spawn(move || process.wait());
         None
     }
-}
 
-impl Drop for Child {
-    /// The way out of a run that was never begun, or that panicked.
-    fn drop(&mut self) {
+    /// Kills and reaps one that has not been reaped.
+    pub fn end(&mut self) {
         if let Some(mut process) = self.process.take() {
             self.signal(sys::SIGKILL);
             let _ = process.wait();

@@ -7,7 +7,7 @@ use crate::policy::{CommandLine, Rules, Verdict};
 use crate::refusal::{self, Refusal, ensure};
 use crate::request::{Request, form_fields, percent_decode};
 use crate::response::{CONTINUE, Context, PAGE, PAGE_FIELDS, PLAIN, USAGE};
-use crate::run::{self, Client, Limits};
+use crate::run::{self, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
@@ -34,10 +34,9 @@ pub fn serve(
     // Without it a client that keeps the connection waits for its second answer for 40 ms.
     socket.set_nodelay(true)?;
     sys::notice_dead_peer(socket, limits.heartbeat, limits.stall);
-    let client = Client { socket, peer };
     let deadline = Instant::now() + ARRIVAL_TIME;
     let input = BufReader::with_capacity(BUFFER, Input { socket, deadline });
-    let mut connection = Connection { client, local, rules, limits, input };
+    let mut connection = Connection { socket, peer, local, rules, limits, input };
     while connection.exchange() {
         // The next request may begin so late, and then has as much time as the first one.
         connection.allow(ARRIVAL_TIME);
@@ -48,7 +47,8 @@ pub fn serve(
 }
 
 struct Connection<'a> {
-    client: Client<'a>,
+    socket: &'a TcpStream,
+    peer: SocketAddr,
     /// The address that it came in on.
     local: IpAddr,
     rules: &'a Rules,
@@ -148,11 +148,11 @@ impl Connection<'_> {
         if request.form.is_empty() && request.expects_continue() {
             head.splice(..0, CONTINUE.bytes());
         }
-        let content = self.input.buffer().chain(self.client.socket).take(length);
+        let content = self.input.buffer().chain(self.socket).take(length);
         let is_fed = request.form.is_empty() && length > 0 && request.method == "POST";
         let stream = Stream::new(request.wants_events(), request.minor_version > 0, head);
         let content = if is_fed { Some(content) } else { None };
-        match run::run(command, content, &self.client, self.limits, stream) {
+        match run::run(command, content, self.socket, self.peer, self.limits, stream) {
             Err(refusal) if request.wants_events() && refusal.status != 503 => {
                 Ok(self.write(&self.failed_stream(context, &refusal)))
             }
@@ -168,7 +168,7 @@ impl Connection<'_> {
         let mut stream = Stream::new(true, is_chunked, context.stream_head());
         stream.error(&refusal.words);
         let numbers = stream.exit("failed", Some(code), None, 0);
-        let (peer, why) = (self.client.peer, quoted(refusal.words.as_bytes()));
+        let (peer, why) = (self.peer, quoted(refusal.words.as_bytes()));
         log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
         stream.unsent
     }
@@ -176,7 +176,7 @@ impl Connection<'_> {
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
     fn refuse(&mut self, request: &Request, refusal: &Refusal) -> bool {
         let context = self.context(request);
-        let (peer, status) = (self.client.peer, refusal.status);
+        let (peer, status) = (self.peer, refusal.status);
         let target = request.target.as_bytes();
         let mut asked = quoted_as_sent(target, &percent_decode(target).0);
         if !request.form.is_empty() {
@@ -198,7 +198,7 @@ impl Connection<'_> {
 
     /// Writes an answer whole, unless the client is gone, or does not read.
     fn write(&self, mut bytes: &[u8]) -> bool {
-        let mut socket = self.client.socket;
+        let mut socket = self.socket;
         while !bytes.is_empty() {
             match try_until(Instant::now() + self.limits.stall, || socket.write(bytes)) {
                 Ok(length) => bytes = &bytes[length..],
@@ -212,7 +212,7 @@ impl Connection<'_> {
     /// can overtake the answer and have it thrown away (RFC 9112 section 9.6). So the server says that nothing
     /// more comes, and reads what still does, for a moment.
     fn linger(&mut self) {
-        let _ = self.client.socket.shutdown(Shutdown::Write);
+        let _ = self.socket.shutdown(Shutdown::Write);
         self.allow(LINGER_TIME);
         let mut scratch = [0; 4096];
         while self.input.get_mut().read(&mut scratch).is_ok_and(|length| length > 0) {}

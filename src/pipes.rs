@@ -44,25 +44,21 @@ pub type Content<'a> = Take<Chain<&'a [u8], &'a TcpStream>>;
 /// Reads a pipe to its end. Once `is_over`, only what is in it at that moment.
 pub fn read(mut pipe: File, source: usize, run: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&pipe);
-    let mut last_bytes = 0;
-    while last_bytes <= MOST_IN_PIPE {
+    let mut last_reads = 0;
+    while last_reads <= MOST_IN_PIPE / BUFFER {
         let is_last = is_over.load(SeqCst);
+        last_reads += usize::from(is_last);
         if !is_last && sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 {
             continue;
         }
-        // A stream is silent most of the time, and costs no buffer then.
+        // Made now, so that a stream costs none while it is silent.
         let mut buffer = vec![0; BUFFER];
         match pipe.read(&mut buffer) {
             Ok(0) => break,
             Ok(length) => {
                 buffer.truncate(length);
-                // Fails where nobody receives any more.
-                if run.send(Message::Output(source, buffer)).is_err() {
-                    break;
-                }
-                if is_last {
-                    last_bytes += length;
-                }
+                // Fails where nobody receives any more. The run is over then.
+                let _ = run.send(Message::Output(source, buffer));
             }
             Err(error) if is_last || !is_passing(&error) => break,
             Err(_) => {}

@@ -22,8 +22,7 @@ pub struct Process {
 /// Whether `/proc` is there, and shows this process by the number that it has for itself: in the `/proc`
 /// of another namespace all numbers mean other processes.
 pub fn is_known() -> bool {
-    let own = fs::read_link("/proc/self").unwrap_or_default();
-    own.to_str() == Some(&process::id().to_string())
+    fs::read_link("/proc/self").ok() == Some(process::id().to_string().into())
 }
 
 /// All processes, in no order, as they were at some moment after this call began; none where [`is_known`]
@@ -37,21 +36,16 @@ pub fn all() -> Vec<Process> {
     let (begun, processes) = &mut *last;
     if *begun <= asked {
         *begun = Some(Instant::now());
-        *processes = read();
-    }
-    processes.clone()
-}
-
-fn read() -> Vec<Process> {
-    let mut processes = Vec::new();
-    if is_known() {
-        for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            // Not every folder is a process, and a process may have ended since.
-            let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
-            processes.extend(parse(&String::from_utf8_lossy(&stat)));
+        processes.clear();
+        if is_known() {
+            for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
+                // Not every folder is a process, and a process may have ended since.
+                let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
+                processes.extend(parse(&String::from_utf8_lossy(&stat)));
+            }
         }
     }
-    processes
+    processes.clone()
 }
 
 /// Of `others`, `leader`, its group, those of `known` that are still there, and all that descend from these:

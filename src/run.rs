@@ -12,7 +12,7 @@ use crate::log::{self, quoted};
 use crate::output::{SOURCES, Stream};
 use crate::pipes::{self, Content, Message, TICK, is_passing};
 use crate::policy::CommandLine;
-use crate::refusal::{self, Refusal};
+use crate::refusal::{self, Refusal, ensure};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -52,12 +52,6 @@ pub static RUNNING: AtomicUsize = AtomicUsize::new(0);
 /// Whether the server's end waits for no command any longer.
 pub static IS_URGENT: AtomicBool = AtomicBool::new(false);
 
-/// Who gets the stream. The socket's reads and writes time out after a tick.
-pub struct Client<'a> {
-    pub socket: &'a TcpStream,
-    pub peer: SocketAddr,
-}
-
 /// One of those that are counted, until it is dropped.
 pub struct Counted(pub &'static AtomicUsize);
 
@@ -67,28 +61,28 @@ impl Drop for Counted {
     }
 }
 
-/// Starts a command, feeds it `content`, if it is to have any, streams it, and sees to its end. Returns
-/// whether the client got all of it, `exit` included. A command that was not started is refused, before
-/// anything of the stream was sent.
+/// Starts a command, feeds it `content`, if it is to have any, streams it to `socket`, whose reads and writes
+/// time out after a tick, and sees to its end. Returns whether the client got all of it, `exit` included. A
+/// command that was not started is refused, before anything of the stream was sent.
 pub fn run(
     command: &CommandLine,
     content: Option<Content>,
-    client: &Client,
+    socket: &TcpStream,
+    peer: SocketAddr,
     limits: &Limits,
     stream: Stream,
 ) -> Result<bool, Refusal> {
-    let others = RUNNING.fetch_add(1, SeqCst);
+    let is_free = RUNNING.fetch_add(1, SeqCst) < limits.max_commands;
     let place = Counted(&RUNNING);
-    if others >= limits.max_commands {
-        return Err(refusal::BUSY.about("place for one more command"));
-    }
+    ensure(is_free, refusal::BUSY.about("place for one more command"))?;
     let (child, pipes) = Child::start(&command.words, content.is_some())?;
     let (sender, messages) = sync_channel(CHANNEL);
     let is_over = AtomicBool::new(false);
     let (sender, is_over) = (&sender, &is_over);
     let mut run = Run {
         child,
-        client,
+        socket,
+        peer,
         limits,
         stream,
         messages,
@@ -111,8 +105,7 @@ pub fn run(
             builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
         }
         let text = log::quoted_as_sent(&command.text, &command.words.join(&b' '));
-        let (peer, pid) = (client.peer, run.child.pid);
-        log::line(format_args!("run peer={peer} pid={pid} command={text}"));
+        log::line(format_args!("run peer={peer} pid={} command={text}", run.child.pid));
         let why_ended = run.live();
         Ok(run.finish(why_ended, place))
     });
@@ -121,7 +114,8 @@ pub fn run(
 
 struct Run<'a> {
     child: Child,
-    client: &'a Client<'a>,
+    socket: &'a TcpStream,
+    peer: SocketAddr,
     limits: &'a Limits,
     stream: Stream,
     messages: Receiver<Message>,
@@ -132,7 +126,7 @@ struct Run<'a> {
     written: Instant,
     /// How many of stdout and stderr have not ended.
     open_outputs: u32,
-    /// Turns since the command was last heard of, or kept from being heard by its client.
+    /// How many times nothing came since the command was last heard of.
     quiet_turns: u32,
     /// The command's input, where the request's content ended before its length did.
     starved: Option<ChildStdin>,
@@ -151,10 +145,11 @@ struct Cause {
 }
 
 impl Drop for Run<'_> {
-    /// Ends the threads, also where one could not be started, or this one panics. The command is killed as
-    /// `child` is dropped.
+    /// On every way out, also where a thread could not be started or this one panics, the threads end, and
+    /// no command is left.
     fn drop(&mut self) {
         self.is_over.store(true, SeqCst);
+        self.child.end();
     }
 }
 
@@ -225,7 +220,10 @@ impl Run<'_> {
     /// command is to end, if it is.
     fn turn(&mut self) -> Option<Cause> {
         self.send();
-        self.receive();
+        // A client that does not take what there is keeps more from being read.
+        if self.stream.unsent.is_empty() {
+            self.receive();
+        }
         self.look_at_client();
         self.cause()
     }
@@ -233,13 +231,12 @@ impl Run<'_> {
     /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
     /// away, so that the command can end.
     fn send(&mut self) {
-        let mut socket = self.client.socket;
         if self.stream.unsent.is_empty() || self.lost.is_some() {
             return self.stream.unsent.clear();
         }
         let is_last = sys::is_ending() && self.is_over.load(SeqCst);
         let longest_stall = if is_last { LAST_STALL } else { self.limits.stall };
-        match socket.write(&self.stream.unsent) {
+        match self.socket.write(&self.stream.unsent) {
             Ok(length) => {
                 self.stream.unsent.drain(..length);
                 self.written = Instant::now();
@@ -255,20 +252,16 @@ impl Run<'_> {
     /// Waits for a message, and encodes what it brings, and others that are there by then: as much as makes
     /// one write. A byte may be six when it is encoded.
     fn receive(&mut self) {
-        // A client that does not take what there is keeps more from being read.
-        if !self.stream.unsent.is_empty() {
-            return;
-        }
         // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
-        let moments = FIRST_WAIT * (self.quiet_turns + 1);
-        let wait = if self.open_outputs > 0 { TICK } else { moments.min(TICK) };
-        let first = self.messages.recv_timeout(wait).ok();
+        let is_closed = self.open_outputs == 0;
+        let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
+        let first = self.messages.recv_timeout(wait.min(TICK)).ok();
         self.quiet_turns = if first.is_some() { 0 } else { self.quiet_turns + 1 };
         for message in first.into_iter().chain(self.messages.try_iter().take(CHANNEL)) {
             match message {
                 Message::Output(source, bytes) => {
                     if self.limits.verbose {
-                        let (peer, pid) = (self.client.peer, self.child.pid);
+                        let (peer, pid) = (self.peer, self.child.pid);
                         let (name, out) = (SOURCES[source], quoted(&bytes));
                         log::line(format_args!("{name} peer={peer} pid={pid} out={out}"));
                     }
@@ -281,7 +274,7 @@ impl Run<'_> {
     }
 
     fn look_at_client(&mut self) {
-        let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
+        let state = sys::poll_one(self.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
         if state & (POLLERR | POLLHUP) != 0 || (is_half_closed && !self.stream.is_events) {
             self.lost.get_or_insert("gone");
@@ -301,7 +294,6 @@ impl Run<'_> {
     /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
     /// the client got it.
     fn finish(mut self, why_ended: Option<&'static str>, place: Counted) -> bool {
-        let ms = self.started.elapsed().as_millis();
         let status = self.child.reap();
         drop(place);
         let code = status.and_then(|status| status.code());
@@ -311,13 +303,15 @@ impl Run<'_> {
             out = "left";
             self.stream.error("this server cannot kill the command, which goes on");
         }
-        let numbers = self.stream.exit(out, code, signal, ms);
+        let numbers = self.stream.exit(out, code, signal, self.started.elapsed().as_millis());
         while !self.stream.unsent.is_empty() {
             self.send();
         }
         let logged = if status.is_some() { self.lost.unwrap_or(out) } else { out };
-        let (peer, pid) = (self.client.peer, self.child.pid);
-        log::line(format_args!("exit peer={peer} pid={pid} out={logged}{numbers}"));
+        log::line(format_args!(
+            "exit peer={} pid={} out={logged}{numbers}",
+            self.peer, self.child.pid
+        ));
         self.lost.is_none()
     }
 }
