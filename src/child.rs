@@ -3,14 +3,13 @@
 //! A leader that has exited stays a zombie until its group has been killed, so that the group's number cannot
 //! have gone to somebody else: drain, signal, reap.
 
-use crate::processes::{self, Process};
 use crate::refusal::{self, Refusal, shown, words_of};
-use crate::sys;
-use std::os::unix::{ffi::OsStrExt, process::CommandExt};
-use std::process::{self, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
-use std::{ffi::OsStr, fs::File, io, thread};
+use crate::{processes, processes::Process, sys};
+use std::os::{fd::OwnedFd, unix::ffi::OsStrExt, unix::process::CommandExt};
+use std::process::{self, ChildStdin, Command, ExitStatus, Stdio};
+use std::{ffi::OsStr, fs::File, io::Error, thread};
 
-/// A started command. It is killed with its group, and reaped, on every way out.
+/// A started command, to be reaped, or ended, by who has it.
 pub struct Child {
     pub pid: u32,
     /// None once it was reaped: its number may be somebody else's by then.
@@ -23,8 +22,8 @@ pub struct Child {
 pub struct Pipes {
     /// Where the command is fed.
     pub stdin: Option<ChildStdin>,
-    pub stdout: ChildStdout,
-    pub stderr: ChildStderr,
+    /// Its stdout and its stderr.
+    pub outputs: [File; 2],
 }
 
 impl Child {
@@ -35,17 +34,19 @@ impl Child {
         // times as much, and execvp(3) hands a file that the kernel cannot execute to a shell.
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).process_group(0);
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        command.stdin(if is_fed { Stdio::piped() } else { no_input() });
-        let spawned = command.spawn();
-        let mut process = spawned.map_err(|error| why_not_started(&error, words[0]))?;
-        let pipes = Pipes {
-            stdin: process.stdin.take().filter(|_| is_fed),
-            stdout: process.stdout.take().expect("stdout is a pipe"),
-            stderr: process.stderr.take().expect("stderr is a pipe"),
-        };
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if !is_fed {
+            // An empty root has no such file; a pipe that nobody writes to reads the same.
+            if let Ok(null) = File::open("/dev/null") {
+                command.stdin(null);
+            }
+        }
+        let mut process = command.spawn().map_err(|error| why_not_started(&error, words[0]))?;
+        let stdout = OwnedFd::from(process.stdout.take().expect("stdout is a pipe"));
+        let stderr = OwnedFd::from(process.stderr.take().expect("stderr is a pipe"));
+        let stdin = process.stdin.take();
         let child = Child { pid: process.id(), process: Some(process), family: Vec::new() };
-        Ok((child, pipes))
+        Ok((child, Pipes { stdin, outputs: [stdout.into(), stderr.into()] }))
     }
 
     /// Whether the leader has exited.
@@ -59,7 +60,7 @@ impl Child {
     /// since another one could hold anybody. What has left the session is left alone.
     pub fn signal(&mut self, signal: i32) {
         // Found first: what loses its parent to the signal is nobody's descendant any more.
-        self.find_family();
+        self.family = processes::family(processes::all(), self.pid, &self.family);
         for signal in [signal, sys::SIGCONT] {
             // One that is stopped would not notice before SIGCONT.
             sys::send_group(self.pid, signal);
@@ -69,22 +70,10 @@ impl Child {
         }
     }
 
-    fn find_family(&mut self) {
-        self.family = processes::family(&processes::recent(), self.pid, &self.family);
-    }
-
-    /// Whether nobody but the leader is left alive of those that were there when it was last signalled.
+    /// Whether nobody but the leader is left alive of it and all that it started.
     pub fn is_alone(&mut self) -> bool {
-        // Most leaders were alone then, and need no search.
-        if self.family.len() > 1 {
-            self.find_family();
-        }
+        self.family = processes::family(processes::all(), self.pid, &self.family);
         self.family.iter().all(|process| process.is_zombie || process.pid == self.pid)
-    }
-
-    /// Kills what is left of the group.
-    pub fn kill_group(&self) {
-        sys::send_group(self.pid, sys::SIGKILL);
     }
 
     /// Reaps the leader. One that cannot be killed has no status; a thread waits to reap it. Where none is
@@ -98,11 +87,9 @@ impl Child {
         let _ = thread::Builder::new().spawn(move || process.wait());
         None
     }
-}
 
-impl Drop for Child {
-    /// The way out of a run that was never begun, or that panicked.
-    fn drop(&mut self) {
+    /// Kills and reaps one that has not been reaped.
+    pub fn end(&mut self) {
         if let Some(mut process) = self.process.take() {
             self.signal(sys::SIGKILL);
             let _ = process.wait();
@@ -110,32 +97,20 @@ impl Drop for Child {
     }
 }
 
-/// A standard input that is at its end.
-fn no_input() -> Stdio {
-    match File::open("/dev/null") {
-        Ok(null) => null.into(),
-        // An empty root has no such file; a pipe that nobody writes to reads the same.
-        Err(_) => Stdio::piped(),
-    }
-}
-
-fn why_not_started(error: &io::Error, program: &OsStr) -> Refusal {
-    // errno(3)
-    const ENOENT: i32 = 2;
+fn why_not_started(error: &Error, program: &OsStr) -> Refusal {
+    use std::io::ErrorKind::{NotADirectory, NotFound, OutOfMemory, WouldBlock};
+    // errno(3). std has no words for these.
     const ENOEXEC: i32 = 8;
-    const EAGAIN: i32 = 11;
-    const ENOMEM: i32 = 12;
-    const ENOTDIR: i32 = 20;
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENAMETOOLONG: i32 = 36;
     let program = shown(program.as_bytes());
-    match error.raw_os_error().unwrap_or(0) {
-        EAGAIN | ENOMEM => refusal::BUSY.about("process"),
-        ENFILE | EMFILE => refusal::BUSY.about("descriptor"),
+    match (error.kind(), error.raw_os_error().unwrap_or(0)) {
+        (WouldBlock | OutOfMemory, _) => refusal::BUSY.about("process"),
+        (_, ENFILE | EMFILE) => refusal::BUSY.about("descriptor"),
         // What the search along PATH says where it finds nothing.
-        ENOENT | ENOTDIR | ENAMETOOLONG => refusal::no_program(&program),
-        ENOEXEC => refusal::cannot_run(&program, "a script begins with #!"),
+        (NotFound | NotADirectory, _) | (_, ENAMETOOLONG) => refusal::no_program(&program),
+        (_, ENOEXEC) => refusal::cannot_run(&program, "a script begins with #!"),
         _ => refusal::cannot_run(&program, &words_of(error)),
     }
 }

@@ -7,10 +7,10 @@ use crate::policy::{self, Rules};
 use crate::refusal::{self, Refusal, ensure};
 use crate::request::{FormFields, Request, form_fields, percent_decode};
 use crate::response::{CONTINUE, Context, NO_CONTENT, PAGE, PAGE_FIELDS, PLAIN, USAGE};
-use crate::run::{self, Client, Limits};
+use crate::run::{self, Limits};
 use crate::sys;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 /// In which a request must have begun, and then its head have arrived whole, and then a form, however they
@@ -22,8 +22,12 @@ const LINGER_TIME: Duration = Duration::from_secs(2);
 const BUFFER: usize = 1 << 10;
 
 /// Serves a client until it or the server ends the connection, or the connection fails.
-pub fn serve(client: Client, rules: &Rules, limits: &Limits) -> io::Result<()> {
-    let socket = client.socket;
+pub fn serve(
+    socket: &TcpStream,
+    peer: SocketAddr,
+    rules: &Rules,
+    limits: &Limits,
+) -> io::Result<()> {
     let local = socket.local_addr()?.ip().to_canonical();
     // Each wait is a tick, so that whoever waits sees what else has happened.
     socket.set_read_timeout(Some(TICK))?;
@@ -32,14 +36,15 @@ pub fn serve(client: Client, rules: &Rules, limits: &Limits) -> io::Result<()> {
     socket.set_nodelay(true)?;
     sys::notice_dead_peer(socket, limits.heartbeat, limits.stall);
     let input = BufReader::with_capacity(BUFFER, Input { socket, deadline: Instant::now() });
-    let mut connection = Connection { client, local, rules, limits, input };
+    let mut connection = Connection { socket, peer, local, rules, limits, input };
     while connection.has_request()? && connection.exchange() {}
     connection.linger();
     Ok(())
 }
 
 struct Connection<'a> {
-    client: Client<'a>,
+    socket: &'a TcpStream,
+    peer: SocketAddr,
     /// The address that it came in on.
     local: IpAddr,
     rules: &'a Rules,
@@ -137,9 +142,9 @@ impl Connection<'_> {
         let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
         let (is_events, is_chunked) = (request.wants_events(), request.minor_version > 0);
         let stream = Stream::new(is_events, is_chunked, [interim.as_bytes(), &head].concat());
-        let content = self.input.buffer().chain(self.client.socket).take(length);
+        let content = self.input.buffer().chain(self.socket).take(length);
         let content = if is_fed { Some(content) } else { None };
-        match run::run(&command, &words, content, &self.client, self.limits, stream) {
+        match run::run(&command, &words, content, self.socket, self.peer, self.limits, stream) {
             Ok(is_sent) => ensure(is_sent, refusal::GONE),
             Err(refusal) if is_events && refusal.status != 503 => {
                 self.tell_failure(&refusal, Stream::new(true, is_chunked, head))
@@ -167,14 +172,14 @@ impl Connection<'_> {
         let code = if refusal.status == 404 { 127 } else { 126 };
         stream.error(&refusal.words);
         let numbers = stream.exit("failed", Some(code), None, 0);
-        let (peer, why) = (self.client.peer, quoted(refusal.words.as_bytes()));
+        let (peer, why) = (self.peer, quoted(refusal.words.as_bytes()));
         log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
-        self.write(stream.unsent())
+        self.write(&stream.unsent)
     }
 
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
     fn refuse(&self, request: &Request, refusal: &Refusal) -> Result<(), Refusal> {
-        let (peer, status) = (self.client.peer, refusal.status);
+        let (peer, status) = (self.peer, refusal.status);
         let target = request.target.as_bytes();
         let mut asked = quoted_as_sent(target, &percent_decode(target).0);
         if !request.form.is_empty() {
@@ -190,7 +195,7 @@ impl Connection<'_> {
 
     /// Writes an answer whole, unless the client is gone, or does not read.
     fn write(&self, mut bytes: &[u8]) -> Result<(), Refusal> {
-        let mut socket = self.client.socket;
+        let mut socket = self.socket;
         while !bytes.is_empty() {
             let written = try_until(Instant::now() + self.limits.stall, || socket.write(bytes));
             let length = written.map_err(|_| refusal::GONE)?;
@@ -203,7 +208,7 @@ impl Connection<'_> {
     /// can overtake the answer and have it thrown away (RFC 9112 section 9.6). So the server says that nothing
     /// more comes, and reads what still does, for a moment.
     fn linger(&mut self) {
-        let _ = self.client.socket.shutdown(Shutdown::Write);
+        let _ = self.socket.shutdown(Shutdown::Write);
         self.allow(LINGER_TIME);
         let mut scratch = [0; 4096];
         while self.input.get_mut().read(&mut scratch).is_ok_and(|length| length > 0) {}

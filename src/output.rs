@@ -3,7 +3,7 @@
 //! no I/O.
 
 use crate::clock::unix_millis;
-use std::{fmt::Display, io::Write, mem::take, time::Duration};
+use std::{borrow::Cow, mem::take, time::Duration};
 
 /// Where output comes from, by its event's name.
 pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
@@ -17,30 +17,28 @@ pub struct Stream {
     pub is_events: bool,
     /// In chunks, or up to the end of the connection.
     is_chunked: bool,
+    /// What the client is to get, and has not got yet.
+    pub unsent: Vec<u8>,
     /// Bytes of output, from each of [`SOURCES`].
     bytes: [u64; 2],
     /// The number of the last event.
     last_event: u64,
     /// Of each source the beginning of a character whose end is still to come, three bytes at most.
     unfinished: [Vec<u8>; 2],
-    /// Encoded, and not yet made a chunk of.
-    content: Vec<u8>,
-    /// Leading zeros of the next chunk's size that were sent before it.
+    /// Leading zeros of the next chunk's size that went before it.
     zeros: usize,
-    /// For the client, and not yet sent.
-    batch: Vec<u8>,
 }
 
 impl Stream {
     /// `head` goes out first.
     pub fn new(is_events: bool, is_chunked: bool, head: Vec<u8>) -> Stream {
-        Stream { is_events, is_chunked, batch: head, ..Stream::default() }
+        Stream { is_events, is_chunked, unsent: head, ..Stream::default() }
     }
 
     /// The `start` event, which says after how long a silence there is a comment, in seconds.
     pub fn start(&mut self, pid: u32, heartbeat: Duration) {
         let seconds = heartbeat.as_secs_f64();
-        self.event("start", format!("\"pid\":{pid},\"heartbeat\":{seconds}}}\n\n"));
+        self.event("start", format!("\"pid\":{pid},\"heartbeat\":{seconds}").as_bytes());
     }
 
     /// The `err` event, which says in words what went wrong.
@@ -53,9 +51,9 @@ impl Stream {
     /// Plain text has none; there it is a leading zero of the next chunk's size, as long as there are few.
     pub fn comment(&mut self) {
         if self.is_events {
-            self.content.extend_from_slice(b":\n");
-        } else if self.is_chunked && self.content.is_empty() && self.zeros < MOST_ZEROS {
-            self.batch.push(b'0');
+            self.send(b":\n");
+        } else if self.is_chunked && self.zeros < MOST_ZEROS {
+            self.unsent.push(b'0');
             self.zeros += 1;
         }
     }
@@ -64,7 +62,7 @@ impl Stream {
     pub fn output(&mut self, source: usize, mut piece: Vec<u8>) {
         self.bytes[source] += piece.len() as u64;
         if !self.is_events {
-            return self.content.append(&mut piece);
+            return self.send(&piece);
         }
         piece.splice(..0, take(&mut self.unfinished[source]));
         self.unfinished[source] = piece.split_off(piece.len() - unfinished_length(&piece));
@@ -77,149 +75,115 @@ impl Stream {
         for (name, begun) in SOURCES.into_iter().zip(take(&mut self.unfinished)) {
             self.text(name, &begun);
         }
-        let [stdout, stderr] = self.bytes.map(|bytes| bytes.to_string());
-        let numbers = [
-            ("code", code.map(|code| code.to_string())),
-            ("signal", signal.map(|signal| signal.to_string())),
-            ("ms", Some(ms.to_string())),
-            ("stdout_bytes", Some(stdout)),
-            ("stderr_bytes", Some(stderr)),
-        ];
-        let (mut json, mut logged) = (format!("\"out\":\"{out}\""), String::new());
-        for (name, number) in numbers {
-            if let Some(number) = &number {
-                logged += &format!(" {name}={number}");
-            }
-            json += &format!(",\"{name}\":{}", number.as_deref().unwrap_or("null"));
-        }
-        self.event("exit", json + "}\n\n");
-        self.close_chunk();
+        let (logged, trailer) = match (code, signal) {
+            (Some(code), _) => (format!(" code={code}"), format!("Exit-Code: {code}\r\n")),
+            (_, Some(n)) => (format!(" signal={n}"), format!("Exit-Signal: {n}\r\n")),
+            _ => Default::default(),
+        };
+        let or_null = |number: Option<i32>| number.map_or("null".to_string(), |n| n.to_string());
+        let (code, signal) = (or_null(code), or_null(signal));
+        let [stdout, stderr] = self.bytes;
+        let bytes = format!("\"stdout_bytes\":{stdout},\"stderr_bytes\":{stderr}");
+        let ending = format!("\"code\":{code},\"signal\":{signal},\"ms\":{ms}");
+        self.event("exit", format!("\"out\":\"{out}\",{ending},{bytes}").as_bytes());
         if self.is_chunked {
-            let trailer = match (code, signal) {
-                (Some(code), _) if !self.is_events => format!("Exit-Code: {code}\r\n"),
-                (_, Some(signal)) if !self.is_events => format!("Exit-Signal: {signal}\r\n"),
-                _ => String::new(),
-            };
-            self.batch.extend(format!("0\r\n{trailer}\r\n").bytes());
+            let trailer = if self.is_events { "" } else { &trailer };
+            self.unsent.extend(format!("0\r\n{trailer}\r\n").bytes());
         }
-        logged
+        format!("{logged} ms={ms} stdout_bytes={stdout} stderr_bytes={stderr}")
     }
 
-    /// What is to be sent next: all that was encoded, as one chunk behind what was not sent before.
-    pub fn unsent(&mut self) -> &[u8] {
-        self.close_chunk();
-        &self.batch
-    }
-
-    /// Whether nothing is to be sent.
-    pub fn is_sent(&self) -> bool {
-        self.batch.is_empty() && self.content.is_empty()
-    }
-
-    /// Forgets so much of what was to be sent.
-    pub fn forget(&mut self, length: usize) {
-        self.batch.drain(..length);
-    }
-
-    fn close_chunk(&mut self) {
-        if !self.is_chunked {
-            self.batch.append(&mut self.content);
-        } else if !self.content.is_empty() {
-            // Writing to a Vec does not fail.
-            let _ = write!(self.batch, "{:x}\r\n", self.content.len());
-            self.batch.append(&mut self.content);
-            self.batch.extend_from_slice(b"\r\n");
-            self.zeros = 0;
-        }
-    }
-
-    /// An event whose `out` is `bytes`, if there are any.
+    /// An event whose `out` is `bytes`, if there are any, decoded (WHATWG Encoding section 8.1.1: one U+FFFD
+    /// for each maximal part of a character that breaks off, which is how std counts too).
     fn text(&mut self, event: &str, bytes: &[u8]) {
-        if self.is_events && !bytes.is_empty() {
-            self.event(event, "\"out\":\"");
-            decode(bytes, &mut self.content);
-            self.content.extend_from_slice(b"\"}\n\n");
+        if !bytes.is_empty() {
+            // Without the first, which is the faster one, a stream of ASCII takes 1.3 times as long.
+            let text = match std::str::from_utf8(bytes) {
+                Ok(text) => Cow::Borrowed(text),
+                Err(_) => String::from_utf8_lossy(bytes),
+            };
+            let mut out = b"\"out\":\"".to_vec();
+            escape(text.as_bytes(), &mut out);
+            out.push(b'"');
+            self.event(event, &out);
         }
     }
 
-    /// An event, or its beginning: what `data` does not close goes on.
-    fn event(&mut self, event: &str, data: impl Display) {
+    /// An event, if this is a stream of such; `members` are those of its data behind `type`.
+    fn event(&mut self, event: &str, members: &[u8]) {
         if self.is_events {
             self.last_event += 1;
             let id = format!("{}-{}", unix_millis(), self.last_event);
             let kind = if event == "err" { "error" } else { event };
-            let begin = format!("id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{data}");
-            self.content.extend(begin.as_bytes());
+            let begin = format!("id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",");
+            self.send(&[begin.as_bytes(), members, b"}\n\n"].concat());
+        }
+    }
+
+    /// Has `content` sent, which is not empty; where there are chunks, as one.
+    fn send(&mut self, content: &[u8]) {
+        if self.is_chunked {
+            self.unsent.extend(format!("{:x}\r\n", content.len()).bytes());
+            self.zeros = 0;
+        }
+        self.unsent.extend(content);
+        if self.is_chunked {
+            self.unsent.extend(b"\r\n");
         }
     }
 }
 
 /// How many bytes at the end are the beginning of a character.
 fn unfinished_length(bytes: &[u8]) -> usize {
-    let is_begun = |length: &usize| match std::str::from_utf8(&bytes[bytes.len() - length..]) {
+    let is_begun = |length: &usize| {
+        let tail = std::str::from_utf8(&bytes[bytes.len() - length..]);
         // Nothing is valid, and nothing is known to be wrong either.
-        Err(error) => error.valid_up_to() == 0 && error.error_len().is_none(),
-        Ok(_) => false,
+        tail.is_err_and(|error| error.valid_up_to() == 0 && error.error_len().is_none())
     };
     (1..=bytes.len().min(3)).find(is_begun).unwrap_or(0)
-}
-
-/// Appends `bytes`, decoded (WHATWG Encoding section 8.1.1: one U+FFFD for each maximal part of a character
-/// that breaks off, which is how std counts too) and escaped.
-fn decode(bytes: &[u8], out: &mut Vec<u8>) {
-    match std::str::from_utf8(bytes) {
-        Ok(text) => escape(text.as_bytes(), out),
-        Err(_) => escape(String::from_utf8_lossy(bytes).as_bytes(), out),
-    }
 }
 
 /// Appends UTF-8 as the inside of a JSON string (RFC 8259 section 7): `"`, `\` and all below U+0020 escaped,
 /// nothing else.
 fn escape(mut text: &[u8], out: &mut Vec<u8>) {
-    let digit = |number: u8| b"0123456789abcdef"[usize::from(number)];
-    loop {
-        let (clean, rest) = text.split_at(clean_prefix(text));
-        out.extend_from_slice(clean);
-        let Some((&byte, rest)) = rest.split_first() else {
-            return;
-        };
-        match byte {
+    while let Some(place) = find_special(text) {
+        out.extend_from_slice(&text[..place]);
+        match text[place] {
             b'\n' => out.extend_from_slice(b"\\n"),
             b'\r' => out.extend_from_slice(b"\\r"),
             b'\t' => out.extend_from_slice(b"\\t"),
-            b'"' | b'\\' => out.extend_from_slice(&[b'\\', byte]),
-            _ => {
-                out.extend_from_slice(b"\\u00");
-                out.extend_from_slice(&[digit(byte >> 4), digit(byte & 15)]);
+            byte @ (b'"' | b'\\') => out.extend_from_slice(&[b'\\', byte]),
+            control => {
+                let digit = b"0123456789abcdef"[usize::from(control % 16)];
+                out.extend_from_slice(&[b'\\', b'u', b'0', b'0', b'0' + control / 16, digit]);
             }
         }
-        text = rest;
+        text = &text[place + 1..];
     }
+    out.extend_from_slice(text);
 }
 
-/// How many bytes stand before the first that JSON must escape, eight at a time: 2.5 times the throughput of
-/// a search byte by byte, on lines of text.
-fn clean_prefix(text: &[u8]) -> usize {
+/// Where the first byte stands that JSON must escape. Eight bytes at a time are looked at until there is one
+/// among them: 2.5 times the throughput of a search byte by byte, on lines of text.
+fn find_special(text: &[u8]) -> Option<usize> {
     const ONES: u64 = u64::MAX / 255;
-    const TOP_BITS: u64 = ONES << 7;
-    // Marks, by its top bit, each byte below `limit`: taking more from it than it holds borrows into that bit.
-    // What borrows also takes from the byte above it, which may be marked wrongly then; so the lowest mark
-    // is right, and it alone is used. A byte whose top bit was set before is not below any limit here.
-    let below = |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word & TOP_BITS;
+    // Whether a byte is below `limit`: taking more from it than it holds borrows into its top bit, which was
+    // not set before. What borrows also takes from the byte above it, so this does not tell which one it is.
+    let has_below =
+        |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word & (ONES << 7) != 0;
     let mut place = 0;
     while let Some(&word) = text[place..].first_chunk() {
-        let word = u64::from_le_bytes(word);
+        let word = u64::from_ne_bytes(word);
         // Equal bytes are those whose difference, by XOR, is below 1.
         let (quote, backslash) = (word ^ (ONES * 0x22), word ^ (ONES * 0x5c));
-        let marks = below(word, 0x20) | below(quote, 1) | below(backslash, 1);
-        if marks != 0 {
-            return place + marks.trailing_zeros() as usize / 8;
+        if has_below(word, 0x20) || has_below(quote, 1) || has_below(backslash, 1) {
+            break;
         }
         place += 8;
     }
-    let must_escape = |&byte: &u8| byte < 0x20 || byte == b'"' || byte == b'\\';
-    let rest = text[place..].iter().position(must_escape);
-    rest.map_or(text.len(), |rest| place + rest)
+    let is_special = |&byte: &u8| byte < 0x20 || byte == b'"' || byte == b'\\';
+    let rest = text[place..].iter().position(is_special)?;
+    Some(place + rest)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use crate::sys::{self, POLLIN, POLLOUT};
 use std::io::{Chain, Error, ErrorKind, Read, Take, Write};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::mpsc::SyncSender;
-use std::{net::TcpStream, os::fd::AsFd, process::ChildStdin, thread, time::Duration};
+use std::{fs::File, net::TcpStream, process::ChildStdin, time::Duration};
 
 /// The longest that anything waits before it sees what else has happened. All times are kept to within a
 /// tick.
@@ -17,9 +17,8 @@ pub const TICK: Duration = Duration::from_millis(100);
 /// A reader waits longer: it would be woken for nothing, 20 times a second for each silent stream, and only
 /// what somebody else keeps open makes it late.
 const READ_TICK: Duration = Duration::from_millis(500);
-/// A silent stream must cost little, a loud one few calls: the buffer grows as long as reads fill it.
-const FIRST_BUFFER: usize = 4 << 10;
-const LARGEST_BUFFER: usize = 32 << 10;
+/// Of a read, and of what it brings to the run.
+const BUFFER: usize = 32 << 10;
 /// The most that a pipe holds unless root says otherwise (pipe(7)). What an escaped process goes on writing
 /// is not waited for.
 const MOST_IN_PIPE: usize = 1 << 20;
@@ -30,8 +29,9 @@ pub enum Message {
     Output(usize, Vec<u8>),
     /// Nothing more comes from one of them.
     Ended,
-    /// The content ended before its length did.
-    BrokeOff,
+    /// The content ended before its length did. The command's input is kept open, so that it does not take
+    /// the part for the whole.
+    BrokeOff(ChildStdin),
 }
 
 /// How they tell it.
@@ -42,29 +42,26 @@ pub type Sender = SyncSender<Message>;
 pub type Content<'a> = Take<Chain<&'a [u8], &'a TcpStream>>;
 
 /// Reads a pipe to its end. Once `is_over`, only what is in it at that moment.
-pub fn read(mut pipe: impl Read + AsFd, source: usize, run: &Sender, is_over: &AtomicBool) {
+pub fn read(mut pipe: File, source: usize, run: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&pipe);
-    // A pipe that stays silent gets no buffer.
-    while sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 && !is_over.load(SeqCst) {}
-    let (mut buffer, mut last_bytes) = (vec![0; FIRST_BUFFER], 0);
-    while last_bytes <= MOST_IN_PIPE {
+    let mut last_reads = 0;
+    while last_reads <= MOST_IN_PIPE / BUFFER {
         let is_last = is_over.load(SeqCst);
+        last_reads += usize::from(is_last);
+        if !is_last && sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 {
+            continue;
+        }
+        // Made now, so that a stream costs none while it is silent.
+        let mut buffer = vec![0; BUFFER];
         match pipe.read(&mut buffer) {
             Ok(0) => break,
             Ok(length) => {
-                // Fails where nobody receives any more.
-                if run.send(Message::Output(source, buffer[..length].to_vec())).is_err() {
-                    break;
-                }
-                if is_last {
-                    last_bytes += length;
-                }
-                if length == buffer.len() {
-                    buffer.resize((length * 4).min(LARGEST_BUFFER), 0);
-                }
+                buffer.truncate(length);
+                // Fails where nobody receives any more. The run is over then.
+                let _ = run.send(Message::Output(source, buffer));
             }
             Err(error) if is_last || !is_passing(&error) => break,
-            Err(_) => _ = sys::poll_one(&pipe, POLLIN, READ_TICK),
+            Err(_) => {}
         }
     }
     let _ = run.send(Message::Ended);
@@ -74,16 +71,13 @@ pub fn read(mut pipe: impl Read + AsFd, source: usize, run: &Sender, is_over: &A
 /// closed its input does not want is read all the same: unread, it would hide that the client leaves.
 pub fn feed(mut content: Content, mut stdin: ChildStdin, run: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&stdin);
-    let mut buffer = vec![0; LARGEST_BUFFER];
+    let mut buffer = vec![0; BUFFER];
     while content.limit() > 0 && !is_over.load(SeqCst) {
         match content.read(&mut buffer) {
             Err(error) if is_passing(&error) => {}
             Ok(0) | Err(_) => {
-                let _ = run.send(Message::BrokeOff);
-                // Its input stays open: the command is not to take the part for the whole.
-                while !is_over.load(SeqCst) {
-                    thread::sleep(TICK);
-                }
+                let _ = run.send(Message::BrokeOff(stdin));
+                return;
             }
             Ok(length) => write_all(&mut stdin, &buffer[..length], is_over),
         }

@@ -6,49 +6,29 @@
 use std::sync::{Mutex, PoisonError};
 use std::{fs, process, time::Instant};
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Process {
     pub pid: u32,
     pub parent: u32,
     pub group: u32,
     pub session: u32,
-    /// When it started, in clock ticks since the host did.
+    /// When it started, in clock ticks since the host did: it tells a process from one that has got its
+    /// number since.
     pub start: u64,
     /// Dead, but not reaped.
     pub is_zombie: bool,
 }
 
-impl PartialEq for Process {
-    /// Whether it is that very process, whatever has become of it, and not one that has got its number since.
-    fn eq(&self, other: &Process) -> bool {
-        (self.pid, self.start) == (other.pid, other.start)
-    }
-}
-
 /// Whether `/proc` is there, and shows this process by the number that it has for itself: in the `/proc`
 /// of another namespace all numbers mean other processes.
 pub fn is_known() -> bool {
-    let own = fs::read_link("/proc/self").unwrap_or_default();
-    own.to_str() == Some(&process::id().to_string())
+    fs::read_link("/proc/self").ok() == Some(process::id().to_string().into())
 }
 
-/// All processes, in no order; none where [`is_known`] does not hold.
+/// All processes, in no order, as they were at some moment after this call began; none where [`is_known`]
+/// does not hold. Where many clients leave at once, many threads ask at once: one reads, and those that
+/// waited for it share what the next one reads.
 pub fn all() -> Vec<Process> {
-    if !is_known() {
-        return Vec::new();
-    }
-    let mut processes = Vec::new();
-    for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        // Not every folder is a process, and a process may have ended since.
-        let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
-        processes.extend(parse(&String::from_utf8_lossy(&stat)));
-    }
-    processes
-}
-
-/// The same, as it was at some moment after this call began. Where many clients leave at once, many threads
-/// ask at once: one reads, and those that waited for it share what the next one reads.
-pub fn recent() -> Vec<Process> {
     /// When they were read, and what was found.
     static LAST: Mutex<(Option<Instant>, Vec<Process>)> = Mutex::new((None, Vec::new()));
     let asked = Some(Instant::now());
@@ -56,30 +36,37 @@ pub fn recent() -> Vec<Process> {
     let (begun, processes) = &mut *last;
     if *begun <= asked {
         *begun = Some(Instant::now());
-        *processes = all();
+        processes.clear();
+        if is_known() {
+            for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
+                // Not every folder is a process, and a process may have ended since.
+                let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
+                processes.extend(parse(&String::from_utf8_lossy(&stat)));
+            }
+        }
     }
     processes.clone()
 }
 
-/// Of `all`, `leader`, its group, those of `known` that are still there, and all that descend from these: as
-/// far as they belong to the session that the server leads, and all commands share.
-pub fn family(all: &[Process], leader: u32, known: &[Process]) -> Vec<Process> {
+/// Of `others`, `leader`, its group, those of `known` that are still there, and all that descend from these:
+/// as far as they belong to the session that the server leads, and all commands share.
+pub fn family(mut others: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
     let session = process::id();
     let mut family: Vec<Process> = Vec::new();
-    // Each round adds the children of those found before, until there are none.
+    // Each round takes the children of those found before, until there are none.
     loop {
-        let before = family.len();
-        for process in all.iter().filter(|process| process.session == session) {
+        let (found, rest): (Vec<_>, Vec<_>) = others.into_iter().partition(|process| {
             let is_member = process.pid == leader || process.group == leader;
             let is_child = family.iter().any(|parent| parent.pid == process.parent);
-            let belongs = is_member || is_child || known.contains(process);
-            if belongs && !family.contains(process) {
-                family.push(*process);
-            }
-        }
-        if family.len() == before {
+            let is_same = |old: &Process| (old.pid, old.start) == (process.pid, process.start);
+            let belongs = is_member || is_child || known.iter().any(is_same);
+            belongs && process.session == session
+        });
+        if found.is_empty() {
             return family;
         }
+        family.extend(found);
+        others = rest;
     }
 }
 
@@ -89,12 +76,11 @@ fn parse(stat: &str) -> Option<Process> {
     let (start, rest) = stat.rsplit_once(") ")?;
     let (pid, _) = start.split_once(' ')?;
     let fields: Vec<&str> = rest.split(' ').collect();
-    let number = |place: usize| fields.get(place)?.parse().ok();
     Some(Process {
         pid: pid.parse().ok()?,
-        parent: number(1)?,
-        group: number(2)?,
-        session: number(3)?,
+        parent: fields.get(1)?.parse().ok()?,
+        group: fields.get(2)?.parse().ok()?,
+        session: fields.get(3)?.parse().ok()?,
         start: fields.get(19)?.parse().ok()?,
         is_zombie: matches!(fields[0], "Z" | "X"),
     })
@@ -115,7 +101,7 @@ mod tests {
             let parsed = parse(&format!("10 ({name}) S {rest}\n")).unwrap();
             let expected =
                 Process { pid: 10, parent: 1, group: 20, session: 30, start: 99, is_zombie: false };
-            assert_eq!(format!("{parsed:?}"), format!("{expected:?}"), "{name}");
+            assert_eq!(parsed, expected, "{name}");
         }
         assert!(parse(&format!("10 (sh) Z {rest}")).unwrap().is_zombie);
         for broken in ["", "10", "10 (sh)", "10 (sh) ", "10 (sh) S 1 2", "x (sh) S 1 2 3"] {
@@ -129,14 +115,13 @@ mod tests {
         let own = std::process::id();
         let listed = all().into_iter().find(|process| process.pid == own).unwrap();
         assert_eq!(listed.parent, std::os::unix::process::parent_id());
-        assert!(recent().contains(&listed));
     }
 
     #[test]
     fn a_family_is_found_by_its_parents_within_the_session() {
         let own = std::process::id();
         let elsewhere = own + 1;
-        let all = [
+        let all = vec![
             // Listed before its parent.
             process(13, 12, 12, own),
             process(10, 1, 10, own),
@@ -156,7 +141,7 @@ mod tests {
         ];
         let mut other = process(31, 10, 12, own);
         other.start = 7;
-        let found = family(&all, 10, &[process(30, 10, 30, own), other]);
+        let found = family(all, 10, &[process(30, 10, 30, own), other]);
         let mut numbers: Vec<u32> = found.iter().map(|process| process.pid).collect();
         numbers.sort_unstable();
         assert_eq!(numbers, [10, 11, 12, 13, 30, 40, 41]);

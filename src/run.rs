@@ -11,14 +11,14 @@ use crate::child::Child;
 use crate::log::{self, quoted};
 use crate::output::{SOURCES, Stream};
 use crate::pipes::{self, Content, Message, TICK, is_passing};
-use crate::refusal::{self, Refusal};
+use crate::refusal::{self, Refusal, ensure};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use std::io::{self, ErrorKind, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
-use std::{net::SocketAddr, net::TcpStream, thread};
+use std::{net::SocketAddr, net::TcpStream, process::ChildStdin, thread};
 
 /// Messages, one from each reader, of up to 32 KiB.
 const CHANNEL: usize = 2;
@@ -51,12 +51,6 @@ pub static RUNNING: AtomicUsize = AtomicUsize::new(0);
 /// Whether the server's end waits for no command any longer.
 pub static IS_URGENT: AtomicBool = AtomicBool::new(false);
 
-/// Who gets the stream. The socket's reads and writes time out after a tick.
-pub struct Client<'a> {
-    pub socket: &'a TcpStream,
-    pub peer: SocketAddr,
-}
-
 /// One of those that are counted, until it is dropped.
 pub struct Counted(pub &'static AtomicUsize);
 
@@ -66,69 +60,63 @@ impl Drop for Counted {
     }
 }
 
-/// Starts a command, feeds it `content`, if it is to have any, streams it, and sees to its end. Returns
-/// whether the client got all of it, `exit` included. A command that was not started is refused, before
-/// anything of the stream was sent.
+/// Starts a command, feeds it `content`, if it is to have any, streams it to `socket`, whose reads and writes
+/// time out after a tick, and sees to its end. Returns whether the client got all of it, `exit` included. A
+/// command that was not started is refused, before anything of the stream was sent.
 pub fn run(
     command: &[u8],
     words: &[Vec<u8>],
     content: Option<Content>,
-    client: &Client,
+    socket: &TcpStream,
+    peer: SocketAddr,
     limits: &Limits,
     stream: Stream,
 ) -> Result<bool, Refusal> {
-    let one_more = |number| if number < limits.max_commands { Some(number + 1) } else { None };
-    if RUNNING.fetch_update(SeqCst, SeqCst, one_more).is_err() {
-        return Err(refusal::BUSY.about("place for one more command"));
-    }
+    let is_free = RUNNING.fetch_add(1, SeqCst) < limits.max_commands;
     let place = Counted(&RUNNING);
+    ensure(is_free, refusal::BUSY.about("place for one more command"))?;
+    let started = Instant::now();
     let (child, pipes) = Child::start(words, content.is_some())?;
     let (sender, messages) = sync_channel(CHANNEL);
     let is_over = AtomicBool::new(false);
     let (sender, is_over) = (&sender, &is_over);
-    thread::scope(|scope| {
-        let start_threads = || -> io::Result<()> {
-            // `spawn` would panic where no thread is to be had.
-            let builder = || thread::Builder::new().stack_size(STACK);
-            builder().spawn_scoped(scope, || pipes::read(pipes.stdout, 0, sender, is_over))?;
-            builder().spawn_scoped(scope, || pipes::read(pipes.stderr, 1, sender, is_over))?;
-            if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
-                let feed = || pipes::feed(content, stdin, sender, is_over);
-                builder().spawn_scoped(scope, feed)?;
-            }
-            Ok(())
-        };
-        if start_threads().is_err() {
-            // Ends those that were started. The command is killed as `child` is dropped.
-            is_over.store(true, SeqCst);
-            return Err(refusal::BUSY.about("thread"));
+    let mut run = Run {
+        child,
+        socket,
+        peer,
+        limits,
+        stream,
+        messages,
+        is_over,
+        started,
+        written: started,
+        open_outputs: 2,
+        quiet_turns: 0,
+        starved: None,
+        is_probed: false,
+        lost: None,
+    };
+    let done = thread::scope(|scope| -> io::Result<bool> {
+        // `spawn` would panic where no thread is to be had.
+        let builder = || thread::Builder::new().stack_size(STACK);
+        for (source, pipe) in pipes.outputs.into_iter().enumerate() {
+            builder().spawn_scoped(scope, move || pipes::read(pipe, source, sender, is_over))?;
+        }
+        if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
+            builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
         }
         let text = log::quoted_as_sent(command, &words.join(&b' '));
-        let (peer, pid) = (client.peer, child.pid);
-        log::line(format_args!("run peer={peer} pid={pid} command={text}"));
-        let mut run = Run {
-            child,
-            client,
-            limits,
-            stream,
-            messages,
-            is_over,
-            started: Instant::now(),
-            written: Instant::now(),
-            open_outputs: 2,
-            quiet_turns: 0,
-            has_broken_off: false,
-            is_probed: false,
-            lost: None,
-        };
+        log::line(format_args!("run peer={peer} pid={} command={text}", run.child.pid));
         let why_ended = run.live();
         Ok(run.finish(why_ended, place))
-    })
+    });
+    done.map_err(|_| refusal::BUSY.about("thread"))
 }
 
 struct Run<'a> {
     child: Child,
-    client: &'a Client<'a>,
+    socket: &'a TcpStream,
+    peer: SocketAddr,
     limits: &'a Limits,
     stream: Stream,
     messages: Receiver<Message>,
@@ -139,10 +127,10 @@ struct Run<'a> {
     written: Instant,
     /// How many of stdout and stderr have not ended.
     open_outputs: u32,
-    /// Turns since the command was last heard of, or kept from being heard by its client.
+    /// How many times nothing came since the command was last heard of.
     quiet_turns: u32,
-    /// Whether the request's content ended before its length did.
-    has_broken_off: bool,
+    /// The command's input, where the request's content ended before its length did.
+    starved: Option<ChildStdin>,
     /// Whether a comment was sent to a client that has half-closed.
     is_probed: bool,
     /// How the client was lost, by the log's word.
@@ -155,6 +143,15 @@ struct Cause {
     out: Option<&'static str>,
     /// What the client is told, if it is there.
     why: &'static str,
+}
+
+impl Drop for Run<'_> {
+    /// On every way out, also where a thread could not be started or this one panics, the threads end, and
+    /// no command is left.
+    fn drop(&mut self) {
+        self.is_over.store(true, SeqCst);
+        self.child.end();
+    }
 }
 
 impl Run<'_> {
@@ -175,13 +172,11 @@ impl Run<'_> {
         {
             cause = self.turn();
         }
-        match &cause {
-            None => self.child.kill_group(),
-            Some(cause) => {
-                self.stream.error(cause.why);
-                self.end_all();
-            }
+        if let Some(cause) = &cause {
+            self.stream.error(cause.why);
+            self.end_all();
         }
+        sys::send_group(self.child.pid, sys::SIGKILL);
         // What was written until then is still read.
         self.is_over.store(true, SeqCst);
         let killed = Instant::now();
@@ -211,7 +206,7 @@ impl Run<'_> {
         let is_late = !timeout.is_zero() && self.started.elapsed() >= timeout;
         if self.lost.is_some() {
             Some(Cause { out: None, why: "" })
-        } else if self.has_broken_off {
+        } else if self.starved.is_some() {
             Some(Cause { out: None, why: "the request's content broke off" })
         } else if sys::is_ending() {
             Some(Cause { out: Some("shutdown"), why: "the server is shutting down" })
@@ -226,7 +221,10 @@ impl Run<'_> {
     /// command is to end, if it is.
     fn turn(&mut self) -> Option<Cause> {
         self.send();
-        self.receive();
+        // A client that does not take what there is keeps more from being read.
+        if self.stream.unsent.is_empty() {
+            self.receive();
+        }
         self.look_at_client();
         self.cause()
     }
@@ -234,24 +232,18 @@ impl Run<'_> {
     /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
     /// away, so that the command can end.
     fn send(&mut self) {
-        let mut socket = self.client.socket;
-        let unsent = self.stream.unsent();
-        let length = unsent.len();
-        if length == 0 || self.lost.is_some() {
-            return self.stream.forget(length);
+        if self.stream.unsent.is_empty() || self.lost.is_some() {
+            return self.stream.unsent.clear();
         }
         let is_last = sys::is_ending() && self.is_over.load(SeqCst);
         let longest_stall = if is_last { LAST_STALL } else { self.limits.stall };
-        match socket.write(unsent) {
+        match self.socket.write(&self.stream.unsent) {
             Ok(length) => {
-                self.stream.forget(length);
+                self.stream.unsent.drain(..length);
                 self.written = Instant::now();
             }
-            Err(error) if is_passing(&error) => {
-                if self.written.elapsed() >= longest_stall {
-                    self.lost = Some("stalled");
-                }
-            }
+            Err(error) if is_passing(&error) && self.written.elapsed() < longest_stall => {}
+            Err(error) if is_passing(&error) => self.lost = Some("stalled"),
             // TCP_USER_TIMEOUT may be the first to notice a stall.
             Err(error) if error.kind() == ErrorKind::TimedOut => self.lost = Some("stalled"),
             Err(_) => self.lost = Some("gone"),
@@ -261,40 +253,31 @@ impl Run<'_> {
     /// Waits for a message, and encodes what it brings, and others that are there by then: as much as makes
     /// one write. A byte may be six when it is encoded.
     fn receive(&mut self) {
-        if !self.stream.is_sent() {
-            // A client that does not take what there is keeps more from being read.
-            self.quiet_turns = 0;
-            return;
-        }
         // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
         let is_closed = self.open_outputs == 0;
         let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
         let first = self.messages.recv_timeout(wait.min(TICK)).ok();
-        let others = self.messages.try_iter().take(CHANNEL);
-        let messages: Vec<Message> = first.into_iter().chain(others).collect();
-        self.quiet_turns = if messages.is_empty() { self.quiet_turns + 1 } else { 0 };
-        for message in messages {
+        self.quiet_turns = if first.is_some() { 0 } else { self.quiet_turns + 1 };
+        for message in first.into_iter().chain(self.messages.try_iter().take(CHANNEL)) {
             match message {
-                Message::Output(source, bytes) => self.pass_on(source, bytes),
+                Message::Output(source, bytes) => {
+                    if self.limits.verbose {
+                        let (peer, pid) = (self.peer, self.child.pid);
+                        let (name, out) = (SOURCES[source], quoted(&bytes));
+                        log::line(format_args!("{name} peer={peer} pid={pid} out={out}"));
+                    }
+                    self.stream.output(source, bytes);
+                }
                 Message::Ended => self.open_outputs -= 1,
-                Message::BrokeOff => self.has_broken_off = true,
+                Message::BrokeOff(stdin) => self.starved = Some(stdin),
             }
         }
     }
 
-    fn pass_on(&mut self, source: usize, bytes: Vec<u8>) {
-        if self.limits.verbose {
-            let (name, peer, pid) = (SOURCES[source], self.client.peer, self.child.pid);
-            log::line(format_args!("{name} peer={peer} pid={pid} out={}", quoted(&bytes)));
-        }
-        self.stream.output(source, bytes);
-    }
-
     fn look_at_client(&mut self) {
-        let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
+        let state = sys::poll_one(self.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
-        let has_left = is_half_closed && !self.stream.is_events;
-        if has_left || state & (POLLERR | POLLHUP) != 0 {
+        if state & (POLLERR | POLLHUP) != 0 || (is_half_closed && !self.stream.is_events) {
             self.lost.get_or_insert("gone");
         }
         // A connection's end looks like a half-close. To a comment it answers with a reset, which a later
@@ -303,7 +286,7 @@ impl Run<'_> {
         // Plain text has nothing to say, unless input that nobody reads could hide the client's end.
         let is_told = self.stream.is_events || state & POLLIN != 0;
         let is_due = is_told && self.written.elapsed() >= self.limits.heartbeat;
-        if self.stream.is_sent() && (is_in_doubt || is_due) {
+        if self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
             self.is_probed = is_half_closed;
             self.stream.comment();
         }
@@ -312,7 +295,6 @@ impl Run<'_> {
     /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
     /// the client got it.
     fn finish(mut self, why_ended: Option<&'static str>, place: Counted) -> bool {
-        let ms = self.started.elapsed().as_millis();
         let status = self.child.reap();
         drop(place);
         let code = status.and_then(|status| status.code());
@@ -322,15 +304,15 @@ impl Run<'_> {
             out = "left";
             self.stream.error("this server cannot kill the command, which goes on");
         }
-        let numbers = self.stream.exit(out, code, signal, ms);
-        while !self.stream.is_sent() {
+        let numbers = self.stream.exit(out, code, signal, self.started.elapsed().as_millis());
+        while !self.stream.unsent.is_empty() {
             self.send();
         }
-        if out != "left" {
-            out = self.lost.unwrap_or(out);
-        }
-        let (peer, pid) = (self.client.peer, self.child.pid);
-        log::line(format_args!("exit peer={peer} pid={pid} out={out}{numbers}"));
+        let logged = if status.is_some() { self.lost.unwrap_or(out) } else { out };
+        log::line(format_args!(
+            "exit peer={} pid={} out={logged}{numbers}",
+            self.peer, self.child.pid
+        ));
         self.lost.is_none()
     }
 }

@@ -1,6 +1,6 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::run::{Client, IS_URGENT, RUNNING};
+use crate::run::{IS_URGENT, RUNNING};
 use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::Ordering::SeqCst};
@@ -66,10 +66,7 @@ fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
     while !sys::is_ending() {
         let (config, socket) = (config.clone(), socket.clone());
         // A connection that fails just ends.
-        let serve = move || {
-            let client = Client { socket: &socket, peer };
-            connection::serve(client, &config.rules, &config.limits)
-        };
+        let serve = move || connection::serve(&socket, peer, &config.rules, &config.limits);
         // `thread::spawn` would panic.
         if thread::Builder::new().stack_size(STACK).spawn(serve).is_ok() {
             return;
