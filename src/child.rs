@@ -34,13 +34,12 @@ impl Child {
         // times as much, and execvp(3) hands a file that the kernel cannot execute to a shell.
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).process_group(0);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        if !is_fed {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        match File::open("/dev/null") {
+            Ok(null) if !is_fed => command.stdin(null),
             // An empty root has no such file; a pipe that nobody writes to reads the same.
-            if let Ok(null) = File::open("/dev/null") {
-                command.stdin(null);
-            }
-        }
+            _ => command.stdin(Stdio::piped()),
+        };
         let mut process = command.spawn().map_err(|error| why_not_started(&error, words[0]))?;
         let stdout = OwnedFd::from(process.stdout.take().expect("stdout is a pipe"));
         let stderr = OwnedFd::from(process.stderr.take().expect("stderr is a pipe"));

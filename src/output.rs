@@ -163,21 +163,22 @@ fn escape(mut text: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(text);
 }
 
-/// Where the first byte stands that JSON must escape. Eight bytes at a time are looked at until there is one
-/// among them: 2.5 times the throughput of a search byte by byte, on lines of text.
+/// Where the first byte stands that JSON must escape, looked for eight bytes at a time: 2.5 times the
+/// throughput of a search byte by byte, on lines of text.
 fn find_special(text: &[u8]) -> Option<usize> {
     const ONES: u64 = u64::MAX / 255;
-    // Whether a byte is below `limit`: taking more from it than it holds borrows into its top bit, which was
-    // not set before. What borrows also takes from the byte above it, so this does not tell which one it is.
-    let has_below =
-        |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word & (ONES << 7) != 0;
+    // Marks, by its top bit, each byte below `limit`: taking more from it than it holds borrows into that bit.
+    // What borrows also takes from the byte above it, which may be marked wrongly then; so the lowest mark
+    // is right, and it alone is used. A byte whose top bit was set before is not below any limit here.
+    let below = |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word & (ONES << 7);
     let mut place = 0;
     while let Some(&word) = text[place..].first_chunk() {
-        let word = u64::from_ne_bytes(word);
+        let word = u64::from_le_bytes(word);
         // Equal bytes are those whose difference, by XOR, is below 1.
         let (quote, backslash) = (word ^ (ONES * 0x22), word ^ (ONES * 0x5c));
-        if has_below(word, 0x20) || has_below(quote, 1) || has_below(backslash, 1) {
-            break;
+        let marks = below(word, 0x20) | below(quote, 1) | below(backslash, 1);
+        if marks != 0 {
+            return Some(place + marks.trailing_zeros() as usize / 8);
         }
         place += 8;
     }

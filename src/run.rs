@@ -309,10 +309,8 @@ impl Run<'_> {
             self.send();
         }
         let logged = if status.is_some() { self.lost.unwrap_or(out) } else { out };
-        log::line(format_args!(
-            "exit peer={} pid={} out={logged}{numbers}",
-            self.peer, self.child.pid
-        ));
+        let (peer, pid) = (self.peer, self.child.pid);
+        log::line(format_args!("exit peer={peer} pid={pid} out={logged}{numbers}"));
         self.lost.is_none()
     }
 }
