@@ -217,14 +217,14 @@ impl Run<'_> {
         }
     }
 
-    /// Sends what there is, takes what comes, and looks after the client; a tick at the most. Returns why the
-    /// command is to end, if it is.
+    /// Takes what comes, sends what there is, and looks after the client; a tick or two. Returns why the command
+    /// is to end, if it is.
     fn turn(&mut self) -> Option<Cause> {
-        self.send();
         // A client that does not take what there is keeps more from being read.
         if self.stream.unsent.is_empty() {
             self.receive();
         }
+        self.send();
         self.look_at_client();
         self.cause()
     }
