@@ -145,11 +145,10 @@ impl Connection<'_> {
         let content = self.input.buffer().chain(self.socket).take(length);
         let content = if is_fed { Some(content) } else { None };
         match run::run(&command, &words, content, self.socket, self.peer, self.limits, stream) {
-            Ok(is_sent) => ensure(is_sent, refusal::GONE),
-            Err(refusal) if is_events && refusal.status != 503 => {
+            Err(refusal) if is_events && matches!(refusal.status, 403 | 404) => {
                 self.tell_failure(&refusal, Stream::new(true, is_chunked, head))
             }
-            Err(refusal) => Err(refusal),
+            done => done,
         }
     }
 

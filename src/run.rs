@@ -22,6 +22,8 @@ use std::{net::SocketAddr, net::TcpStream, process::ChildStdin, thread};
 
 /// Messages, one from each reader, of up to 32 KiB.
 const CHANNEL: usize = 2;
+/// Encoded output, in bytes, to which no more messages are added: a byte of one may have become six.
+const ENOUGH: usize = 64 << 10;
 /// Ticks without a word after which what a command left running is quiet, and its stream ends. Counted, since
 /// a clock goes on while the whole server is stopped.
 const QUIET_TICKS: u32 = 3;
@@ -61,8 +63,8 @@ impl Drop for Counted {
 }
 
 /// Starts a command, feeds it `content`, if it is to have any, streams it to `socket`, whose reads and writes
-/// time out after a tick, and sees to its end. Returns whether the client got all of it, `exit` included. A
-/// command that was not started is refused, before anything of the stream was sent.
+/// time out after a tick, and sees to its end. A command that was not started is refused, before anything of the
+/// stream was sent. [`refusal::GONE`] is a client that did not get all of it, `exit` included.
 pub fn run(
     command: &[u8],
     words: &[Vec<u8>],
@@ -71,7 +73,7 @@ pub fn run(
     peer: SocketAddr,
     limits: &Limits,
     stream: Stream,
-) -> Result<bool, Refusal> {
+) -> Result<(), Refusal> {
     let is_free = RUNNING.fetch_add(1, SeqCst) < limits.max_commands;
     let place = Counted(&RUNNING);
     ensure(is_free, refusal::BUSY.about("place for one more command"))?;
@@ -110,7 +112,7 @@ pub fn run(
         let why_ended = run.live();
         Ok(run.finish(why_ended, place))
     });
-    done.map_err(|_| refusal::BUSY.about("thread"))
+    ensure(done.map_err(|_| refusal::BUSY.about("thread"))?, refusal::GONE)
 }
 
 struct Run<'a> {
@@ -250,15 +252,14 @@ impl Run<'_> {
         }
     }
 
-    /// Waits for a message, and encodes what it brings, and others that are there by then: as much as makes
-    /// one write. A byte may be six when it is encoded.
+    /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
     fn receive(&mut self) {
         // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
         let is_closed = self.open_outputs == 0;
         let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
-        let first = self.messages.recv_timeout(wait.min(TICK)).ok();
-        self.quiet_turns = if first.is_some() { 0 } else { self.quiet_turns + 1 };
-        for message in first.into_iter().chain(self.messages.try_iter().take(CHANNEL)) {
+        let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
+        self.quiet_turns = if next.is_some() { 0 } else { self.quiet_turns + 1 };
+        while let Some(message) = next {
             match message {
                 Message::Output(source, bytes) => {
                     if self.limits.verbose {
@@ -271,6 +272,8 @@ impl Run<'_> {
                 Message::Ended => self.open_outputs -= 1,
                 Message::BrokeOff(stdin) => self.starved = Some(stdin),
             }
+            let is_enough = self.stream.unsent.len() >= ENOUGH;
+            next = if is_enough { None } else { self.messages.try_recv().ok() };
         }
     }
 
