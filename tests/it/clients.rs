@@ -254,6 +254,7 @@ fn clients_curl_with_unread_content() {
         });
         signal_process(curl.0.id(), "INT");
         is_gone(command);
+        wait_for("it to be reaped", || server.children().is_empty());
     }
 }
 
