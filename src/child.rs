@@ -59,20 +59,30 @@ impl Child {
     /// since another one could hold anybody. What has left the session is left alone.
     pub fn signal(&mut self, signal: i32) {
         // Found first: what loses its parent to the signal is nobody's descendant any more.
-        self.family = processes::family(processes::all(), self.pid, &self.family);
-        for signal in [signal, sys::SIGCONT] {
+        self.find_family();
+        for number in [signal, sys::SIGCONT] {
             // One that is stopped would not notice before SIGCONT.
-            sys::send_group(self.pid, signal);
+            sys::send_group(self.pid, number);
             for stray in self.family.iter().filter(|process| process.group != self.pid) {
-                sys::send(stray.pid, signal);
+                sys::send(stray.pid, number);
             }
         }
     }
 
-    /// Whether nobody but the leader is left alive of it and all that it started.
+    /// Whether nobody but the leader is known to be alive of it and all that it started.
     pub fn is_alone(&mut self) -> bool {
-        self.family = processes::family(processes::all(), self.pid, &self.family);
-        self.family.iter().all(|process| process.is_zombie || process.pid == self.pid)
+        self.find_family();
+        let is_dead = |process: &Process| process.is_zombie || process.pid == self.pid;
+        // Without /proc nobody is known, not even the leader.
+        !self.family.is_empty() && self.family.iter().all(is_dead)
+    }
+
+    fn find_family(&mut self) {
+        let found = processes::family(processes::all(), self.pid, &self.family);
+        // Where no descriptor is left to read /proc with, those that were known have to do.
+        if !found.is_empty() {
+            self.family = found;
+        }
     }
 
     /// Reaps the leader. One that cannot be killed has no status; a thread waits to reap it. Where none is
@@ -99,7 +109,6 @@ impl Child {
 fn why_not_started(error: &Error, program: &OsStr) -> Refusal {
     use std::io::ErrorKind::{NotADirectory, NotFound, OutOfMemory, WouldBlock};
     // errno(3). std has no words for these.
-    const ENOEXEC: i32 = 8;
     const ENFILE: i32 = 23;
     const EMFILE: i32 = 24;
     const ENAMETOOLONG: i32 = 36;
@@ -109,7 +118,6 @@ fn why_not_started(error: &Error, program: &OsStr) -> Refusal {
         (_, ENFILE | EMFILE) => refusal::BUSY.about("descriptor"),
         // What the search along PATH says where it finds nothing.
         (NotFound | NotADirectory, _) | (_, ENAMETOOLONG) => refusal::no_program(&program),
-        (_, ENOEXEC) => refusal::cannot_run(&program, "a script begins with #!"),
         _ => refusal::cannot_run(&program, &words_of(error)),
     }
 }

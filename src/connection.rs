@@ -1,24 +1,20 @@
 //! The path of one connection: its requests and their answers, one after the other.
 
 use crate::log::{self, quoted, quoted_as_sent};
-use crate::output::Stream;
 use crate::pipes::{TICK, is_passing};
-use crate::policy::{self, Rules};
 use crate::refusal::{self, Refusal, ensure};
 use crate::request::{FormFields, Request, form_fields, percent_decode};
 use crate::response::{CONTINUE, Context, NO_CONTENT, PAGE, PAGE_FIELDS, PLAIN, USAGE};
-use crate::run::{self, Limits};
-use crate::sys;
+use crate::{output::Stream, policy, policy::Rules, run, run::Limits, sys};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
-/// In which a request must have begun, and then its head have arrived whole, and then a form, however they
-/// trickle.
+/// Each of three has so long, however it trickles: the first byte of a request, the rest of its head, its form.
 const ARRIVAL_TIME: Duration = Duration::from_secs(5);
 /// How long a client may go on sending after an answer that ends the connection.
 const LINGER_TIME: Duration = Duration::from_secs(2);
-/// Of input. A silent stream holds one, and most heads fit.
+/// The size of the input buffer: small, since each silent stream keeps one; most heads fit into it.
 const BUFFER: usize = 1 << 10;
 
 /// Serves a client until it or the server ends the connection, or the connection fails.
@@ -94,7 +90,7 @@ impl Connection<'_> {
     fn exchange(&mut self) -> bool {
         let mut request = Request::default();
         let answered = match self.answer(&mut request) {
-            Err(refusal) if refusal != refusal::GONE => self.refuse(&request, &refusal),
+            Err(why) if why != refusal::GONE => self.refuse(&request, &why),
             answered => answered,
         };
         answered.is_ok() && !request.ends_connection() && !sys::is_ending()
@@ -136,7 +132,7 @@ impl Connection<'_> {
         if request.method == "HEAD" {
             return self.write(&head);
         }
-        // The content, unless it was the form, is the command's standard input.
+        // The content, unless it was the form, is the command's standard input. (An empty form feeds nothing.)
         let length = request.content_length;
         let is_fed = request.method == "POST" && request.form.is_empty() && length > 0;
         let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
@@ -146,7 +142,8 @@ impl Connection<'_> {
         let content = if is_fed { Some(content) } else { None };
         match run::run(&command, &words, content, self.socket, self.peer, self.limits, stream) {
             Err(refusal) if is_events && matches!(refusal.status, 403 | 404) => {
-                self.tell_failure(&refusal, Stream::new(true, is_chunked, head))
+                let text = quoted_as_sent(&command, &words.join(&b' '));
+                self.tell_failure(&refusal, &text, Stream::new(true, is_chunked, head))
             }
             done => done,
         }
@@ -166,13 +163,20 @@ impl Connection<'_> {
     }
 
     /// Sends the whole stream of a command that could not be started.
-    fn tell_failure(&self, refusal: &Refusal, mut stream: Stream) -> Result<(), Refusal> {
+    fn tell_failure(
+        &self,
+        refusal: &Refusal,
+        command: &str,
+        mut stream: Stream,
+    ) -> Result<(), Refusal> {
         // By what a shell says so (XCU 2.8.2).
         let code = if refusal.status == 404 { 127 } else { 126 };
         stream.error(&refusal.words);
         let numbers = stream.exit("failed", Some(code), None, 0);
         let (peer, why) = (self.peer, quoted(refusal.words.as_bytes()));
-        log::line(format_args!("exit peer={peer} pid=0 out=failed{numbers} why={why}"));
+        log::line(format_args!(
+            "exit peer={peer} pid=0 command={command} out=failed{numbers} why={why}"
+        ));
         self.write(&stream.unsent)
     }
 

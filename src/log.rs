@@ -7,10 +7,9 @@
 
 use crate::clock::{rfc3339, unix_millis};
 use std::sync::{OnceLock, atomic::AtomicUsize, atomic::Ordering::SeqCst, mpsc};
-use std::time::{Duration, Instant};
-use std::{fmt::Arguments, io, io::Write, thread};
+use std::{fmt::Arguments, io, io::Write, thread, time::Duration, time::Instant};
 
-/// Lines that wait to be written, 4 MiB at the most.
+/// Lines that wait to be written: 12 MiB at the most, with three texts each.
 const QUEUE: usize = 512;
 /// So much of a text is logged. It stays far below the 48 KiB at which journald cuts a line in two, and a
 /// second half could be made to look like a line of its own.
@@ -48,10 +47,7 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
             if written.is_err() {
                 LOST.fetch_add(lost + 1, SeqCst);
             }
-            if WAITING.fetch_sub(1, SeqCst) == 1 {
-                // Under load what comes meanwhile needs no wake-up of its own.
-                thread::sleep(PAUSE);
-            }
+            WAITING.fetch_sub(1, SeqCst);
         }
     })?;
     Ok(())
@@ -95,7 +91,7 @@ pub fn quoted(text: &[u8]) -> String {
     format!("\"{text}{cut}\"")
 }
 
-/// The same of a text as it was sent; where the token hides behind escapes in it, of what it stands for.
+/// The same of a text as it was sent; or, where only there the token can be seen and left out, of its meaning.
 pub fn quoted_as_sent(sent: &[u8], meaning: &[u8]) -> String {
     let hides = TOKEN.get().is_some_and(|token| escape(meaning).contains(token));
     quoted(if hides { meaning } else { sent })

@@ -114,6 +114,7 @@ impl Stream {
         if self.is_events {
             self.last_event += 1;
             let id = format!("{}-{}", unix_millis(), self.last_event);
+            // A client's `error` listeners are for its own errors.
             let kind = if event == "err" { "error" } else { event };
             let begin = format!("id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",");
             self.send(&[begin.as_bytes(), members, b"}\n\n"].concat());

@@ -2,17 +2,16 @@
 //! has content, one feeds it to stdin. What they have to say goes into the run's channel.
 //!
 //! A pipe may stay open for as long as anybody holds its other end, and that need not be the command: so
-//! nobody waits on one without looking up, once a tick, whether it is still wanted. The pipes' ends do not
+//! nobody waits on one without looking up now and then whether it is still wanted. The pipes' ends do not
 //! block, since what poll(2) promised can be gone when it is used: somebody else may read the same pipe.
 
 use crate::sys::{self, POLLIN, POLLOUT};
 use std::io::{Chain, Error, ErrorKind, Read, Take, Write};
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::mpsc::SyncSender;
+use std::sync::{atomic::AtomicBool, atomic::Ordering::SeqCst, mpsc::SyncSender};
 use std::{fs::File, net::TcpStream, process::ChildStdin, time::Duration};
 
-/// The longest that anything waits before it sees what else has happened. All times are kept to within a
-/// tick.
+/// What a connection's thread waits for anything, before it sees what else has happened: times are kept to
+/// within a tick or two.
 pub const TICK: Duration = Duration::from_millis(100);
 /// A reader waits longer: it would be woken for nothing, 20 times a second for each silent stream, and only
 /// what somebody else keeps open makes it late.

@@ -4,10 +4,8 @@
 //! browser adds, which the rules look at, and it cannot know a token.
 
 use crate::refusal::{self, Refusal, ensure, shown};
-use crate::request::{FormFields, Request};
-use crate::words;
-use std::hint::black_box;
-use std::net::{IpAddr, SocketAddr};
+use crate::{request::FormFields, request::Request, words};
+use std::{hint::black_box, net::IpAddr, net::SocketAddr};
 
 const FORM_TYPE: &str = "application/x-www-form-urlencoded";
 const LARGEST_FORM: u64 = 64 << 10;
@@ -39,7 +37,7 @@ impl Rules {
         if let (Some(host), None) = (request.field("host"), &self.token) {
             ensure(means_here(host, local), refusal::MISDIRECTED.about(&local.to_string()))?;
         }
-        // Links to the page work.
+        // Any site may link to the page, which by itself runs nothing.
         if path != "/" || !matches!(method, "GET" | "HEAD") {
             self.check_browser(request, path)?;
         }
@@ -109,7 +107,8 @@ impl Allowed {
     pub fn parse(text: &str) -> Result<Allowed, Refusal> {
         let mut words = words::split(text.as_bytes())?;
         let start = text.strip_suffix(" *").or(text.strip_suffix("\t*")).unwrap_or_default();
-        // The blank may belong to a word, by a quote or a backslash; then so does the star.
+        // The blank may belong to a word, by a quote or a backslash; then so does the star. Where there is no such
+        // end, `start` is empty, which has no words.
         let is_open =
             words::split(start.as_bytes()).is_ok_and(|start| start == words[..words.len() - 1]);
         if is_open {
@@ -129,8 +128,8 @@ fn is_own(origin: &str, request: &Request) -> bool {
     host.is_some() && host == request.field("host")
 }
 
-/// Whether the request asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill,
-/// or, as wget has it, the rest of an answer that broke off.
+/// Whether the request asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill;
+/// or the rest of an answer that broke off, for which wget asks by `Range`.
 pub fn is_reconnect(request: &Request, query: &FormFields) -> bool {
     let has_id = request.field("last-event-id").is_some_and(|id| !id.is_empty());
     let has_polyfill_s = query.iter().any(|(name, id)| is_of_reconnect(name) && !id.is_empty());
@@ -172,8 +171,8 @@ fn equals_in_constant_time(token: &str, given: &str) -> bool {
 }
 
 /// Whether a `Host` can only mean this server. It stops DNS rebinding, where another site's name is made to
-/// resolve to this host's address. Whole names and parsed addresses are compared, never beginnings or ends:
-/// `127.0.0.1.evil.test` is somebody else's.
+/// resolve to this host's address. Whole names and parsed addresses are compared, never beginnings:
+/// `127.0.0.1.evil.test` is somebody else's. All below `.localhost` is this host (RFC 6761 section 6.3).
 fn means_here(host: &str, local: IpAddr) -> bool {
     // std reads an address of either kind with a port. The port says nothing: a tunnel has another one.
     if let Ok(address) = host.parse().or(format!("{host}:80").parse::<SocketAddr>()) {

@@ -82,7 +82,8 @@ fn parse(stat: &str) -> Option<Process> {
         group: fields.get(2)?.parse().ok()?,
         session: fields.get(3)?.parse().ok()?,
         start: fields.get(19)?.parse().ok()?,
-        is_zombie: matches!(fields[0], "Z" | "X"),
+        // With more threads than the first, which alone has ended then, it lives.
+        is_zombie: matches!(fields[0], "Z" | "X") && fields.get(17)?.parse::<u32>().ok()? <= 1,
     })
 }
 

@@ -3,7 +3,7 @@
 
 use std::{borrow::Cow, io::Error, io::ErrorKind};
 
-/// Why a request is refused: one of the constants below.
+/// Why a request is refused: mostly one of the constants below.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Refusal {
     pub status: u16,
@@ -16,7 +16,7 @@ const fn refuse(status: u16, words: &'static str) -> Refusal {
     Refusal { status, words: Cow::Borrowed(words) }
 }
 
-/// Nobody is there to be told: the connection ended or failed, or no request has begun.
+/// Nobody is there to be told: the connection ended or failed.
 pub const GONE: Refusal = refuse(0, "");
 
 pub const LINE: Refusal = refuse(400, "malformed request line; send METHOD /path HTTP/1.1");
@@ -56,9 +56,8 @@ pub const VERSION: Refusal = refuse(505, "HTTP version is not 1.x; send HTTP/1.1
 /// The longest piece of what a client sent that it is shown again.
 const LONGEST_SHOWN: usize = 200;
 /// What shells have built in, or as a part of their grammar, and people therefore type.
-const SHELL_WORDS: &str = " . : ! alias bg break case cd continue declare do eval exec exit \
-    export fg for function history if jobs local read return select set shift source then trap \
-    type typeset ulimit umask unalias unset until wait while ";
+const SHELL_WORDS: &str = " . : alias bg case cd declare eval exec exit export fg for history if \
+    jobs local read set source trap type ulimit umask unalias unset until wait while ";
 
 impl Refusal {
     /// With what it is about.

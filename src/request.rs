@@ -2,8 +2,7 @@
 //! since two programs that mend a message in different ways are how requests are smuggled.
 
 use crate::refusal::{self, Refusal, ensure};
-use std::collections::BTreeMap;
-use std::io::{BufRead, Read, Take};
+use std::{collections::BTreeMap, io::BufRead, io::Read, io::Take};
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
 const LONGEST_LINE: u64 = 8 << 10;
@@ -25,14 +24,13 @@ pub struct Request {
     is_understood: bool,
     /// The content, where it was read since it holds the command.
     pub form: Vec<u8>,
-    /// Names in lower case, values without the whitespace around them. A byte is a character: bytes beyond
-    /// ASCII are not decoded.
+    /// Names in lower case, values without the whitespace around them, both as Latin-1.
     fields: BTreeMap<String, String>,
 }
 
 impl Request {
-    /// Reads a head into an empty request, which keeps what was read also where the rest is refused, for
-    /// the log. One empty line before it is skipped (RFC 9112 section 2.2).
+    /// Reads the head of a new request. What was read before an error stays in it, for the log. One empty line
+    /// before it is skipped (RFC 9112 section 2.2).
     pub fn read(&mut self, input: &mut impl BufRead) -> Result<(), Refusal> {
         let mut head = input.take(LONGEST_LINE + 2);
         let mut line = read_line(&mut head, refusal::LONG_LINE)?;
@@ -75,7 +73,7 @@ impl Request {
         })
     }
 
-    /// Events, unless plain text is named, and neither they nor anything at all.
+    /// Plain text is sent only where `Accept` names it, and neither `text/event-stream` nor `*/*`.
     pub fn wants_events(&self) -> bool {
         let admits_events = self.accepts("text/event-stream") || self.accepts("*/*");
         admits_events || !self.accepts("text/plain")
@@ -86,8 +84,8 @@ impl Request {
         self.content_length > 0 && self.minor_version > 0 && self.field("expect").is_some()
     }
 
-    /// Whether the connection ends with the answer: after content where a message ends could be a matter of
-    /// opinion, and a next request smuggled.
+    /// Whether the connection ends with the answer. It does after any content: where the next request begins
+    /// is then never a matter of opinion, by which one could be smuggled.
     pub fn ends_connection(&self) -> bool {
         let list = self.field("connection").unwrap_or_default().to_ascii_lowercase();
         let closes = list.split(',').any(|element| element.trim_ascii() == "close");
@@ -131,9 +129,8 @@ impl Request {
         if let Some(length) = self.field("content-length") {
             // std would take a sign.
             ensure(length.bytes().all(|byte| byte.is_ascii_digit()), refusal::LENGTH)?;
-            self.content_length = length.parse().map_err(|_| refusal::LENGTH)?;
-            // A larger one is negative elsewhere, and could mean another length there.
-            ensure(self.content_length <= i64::MAX as u64, refusal::LENGTH)?;
+            // As other programs hold it, to whom a larger one could mean another length.
+            self.content_length = length.parse::<i64>().map_err(|_| refusal::LENGTH)? as u64;
         }
         let expect = self.field("expect").unwrap_or("100-continue");
         let is_met = expect.eq_ignore_ascii_case("100-continue") || self.minor_version == 0;

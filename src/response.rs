@@ -11,10 +11,10 @@ pub const PAGE: &[u8] = include_bytes!("console.html");
 const EVENTS: &str = "Content-Type: text/event-stream\r\n";
 pub const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
-/// Never an old page after an upgrade; nothing but this very script and style, and this server to talk to.
+/// A browser keeps no page that an upgrade has made old. The page may use this very script and style, to which
+/// a test holds the hashes, and talk to this server alone.
 pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
-    Cache-Control: no-store\r\n\
-    Referrer-Policy: no-referrer\r\n\
+    Cache-Control: no-store\r\nReferrer-Policy: no-referrer\r\n\
     Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
     script-src 'sha256-kYg89cifJTR3pMYIPyA7/RqHXP0IvoNiDJbassuMO5Y='; \
     style-src 'sha256-AmjkUq9OY+RRVliTJsq+yR3StDAZmCqZxMMnGphYIe0='; \

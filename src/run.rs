@@ -7,25 +7,22 @@
 //! thread goes on in turns, of a tick at the most, and looks after each at what ends that phase. Nothing a
 //! command does to its pipes can hold this thread.
 
-use crate::child::Child;
-use crate::log::{self, quoted};
-use crate::output::{SOURCES, Stream};
 use crate::pipes::{self, Content, Message, TICK, is_passing};
 use crate::refusal::{self, Refusal, ensure};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
-use std::io::{self, ErrorKind, Write};
-use std::os::unix::process::ExitStatusExt;
+use crate::{child::Child, log, log::quoted, output::SOURCES, output::Stream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
+use std::{io, io::ErrorKind, io::Write, os::unix::process::ExitStatusExt};
 use std::{net::SocketAddr, net::TcpStream, process::ChildStdin, thread};
 
 /// Messages, one from each reader, of up to 32 KiB.
 const CHANNEL: usize = 2;
 /// Encoded output, in bytes, to which no more messages are added: a byte of one may have become six.
 const ENOUGH: usize = 64 << 10;
-/// Ticks without a word after which what a command left running is quiet, and its stream ends. Counted, since
-/// a clock goes on while the whole server is stopped.
+/// Ticks without a word after which what a command left running is quiet, and its stream ends. They are counted,
+/// since a clock would go on while the whole server is stopped for a moment.
 const QUIET_TICKS: u32 = 3;
 /// A leader that was sent SIGKILL is dead by then, or cannot be killed.
 const KILL_TIME: Duration = Duration::from_secs(1);
@@ -81,6 +78,7 @@ pub fn run(
     let (child, pipes) = Child::start(words, content.is_some())?;
     let (sender, messages) = sync_channel(CHANNEL);
     let is_over = AtomicBool::new(false);
+    // The sender stays here too, so that waiting for a message waits also where all readers have ended.
     let (sender, is_over) = (&sender, &is_over);
     let mut run = Run {
         child,
@@ -98,6 +96,8 @@ pub fn run(
         is_probed: false,
         lost: None,
     };
+    let text = log::quoted_as_sent(command, &words.join(&b' '));
+    log::line(format_args!("run peer={peer} pid={} command={text}", run.child.pid));
     let done = thread::scope(|scope| -> io::Result<bool> {
         // `spawn` would panic where no thread is to be had.
         let builder = || thread::Builder::new().stack_size(STACK);
@@ -107,8 +107,6 @@ pub fn run(
         if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
             builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
         }
-        let text = log::quoted_as_sent(command, &words.join(&b' '));
-        log::line(format_args!("run peer={peer} pid={} command={text}", run.child.pid));
         let why_ended = run.live();
         Ok(run.finish(why_ended, place))
     });
@@ -193,7 +191,7 @@ impl Run<'_> {
         self.child.signal(sys::SIGTERM);
         let asked = Instant::now();
         while asked.elapsed() < self.limits.grace && !IS_URGENT.load(SeqCst) {
-            // Who is heard is not dead. Who has left the session may hold a pipe of a command that is.
+            // What has printed just now is alive. An open pipe says nothing: who has left the session may hold it.
             if self.quiet_turns > 0 && self.child.has_exited() && self.child.is_alone() {
                 break;
             }
@@ -245,9 +243,10 @@ impl Run<'_> {
                 self.written = Instant::now();
             }
             Err(error) if is_passing(&error) && self.written.elapsed() < longest_stall => {}
-            Err(error) if is_passing(&error) => self.lost = Some("stalled"),
             // TCP_USER_TIMEOUT may be the first to notice a stall.
-            Err(error) if error.kind() == ErrorKind::TimedOut => self.lost = Some("stalled"),
+            Err(error) if is_passing(&error) || error.kind() == ErrorKind::TimedOut => {
+                self.lost = Some("stalled");
+            }
             Err(_) => self.lost = Some("gone"),
         }
     }
@@ -289,7 +288,7 @@ impl Run<'_> {
         // Plain text has nothing to say, unless input that nobody reads could hide the client's end.
         let is_told = self.stream.is_events || state & POLLIN != 0;
         let is_due = is_told && self.written.elapsed() >= self.limits.heartbeat;
-        if self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
+        if self.lost.is_none() && self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
             self.is_probed = is_half_closed;
             self.stream.comment();
         }

@@ -4,8 +4,7 @@ use crate::run::{IS_URGENT, RUNNING};
 use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::Ordering::SeqCst};
-use std::time::{Duration, Instant};
-use std::{io, thread};
+use std::{io, thread, time::Duration, time::Instant};
 
 /// Connections that run no command. Beyond them clients wait to be accepted, and not for long: who sends
 /// nothing has five seconds.
@@ -15,7 +14,8 @@ const STACK: usize = 128 << 10;
 /// Between two looks at what nothing tells of: whether descriptors and threads can be had again, or how the
 /// end goes on.
 const PAUSE: Duration = Duration::from_millis(10);
-/// What the end may take beyond `--grace`: a command that cannot be killed is given up by then.
+/// What the end may take beyond `--grace`: by then a command that cannot be killed is given up (1 s), its pipes
+/// are let go, and a client that does not read is (0.7 s).
 const AFTER_GRACE: Duration = Duration::from_millis(2_800);
 /// What the end may take once nobody waits for a command any longer.
 const URGENT_TIME: Duration = Duration::from_millis(400);
@@ -47,7 +47,7 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     let mut deadline = begun + config.limits.grace + AFTER_GRACE;
     while Arc::strong_count(&config) > 1 && Instant::now() < deadline {
         if begun.elapsed() < SAME_SIGNAL {
-            // Those that have come by now are one.
+            // Killed by name, both processes get the signal, and this one gets it twice.
             sys::SIGNALS.store(1, SeqCst);
         } else if sys::SIGNALS.load(SeqCst) > 1 {
             IS_URGENT.store(true, SeqCst);

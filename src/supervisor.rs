@@ -6,8 +6,7 @@
 //! start without setsid(2), and by whose number all of it is found; no table has to be kept of what runs.
 
 use crate::{processes, sys};
-use std::time::{Duration, Instant};
-use std::{io, process, thread};
+use std::{io, process, thread, time::Duration, time::Instant};
 
 /// How long what is left is being killed. More than one round is needed for what was just forking.
 const KILL_TIME: Duration = Duration::from_secs(1);

@@ -98,7 +98,7 @@ pub fn fork_server() -> io::Result<Option<u32>> {
     // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
     let pid = check(unsafe { fork() })?;
     SERVER.store(pid, SeqCst);
-    // SAFETY: of a `sigset_t` no bit is set in an array of zeros that is larger than it.
+    // SAFETY: the array is at least as large as a `sigset_t`; all zeros is the empty set.
     unsafe { sigprocmask(SIG_SETMASK, &[0; 32], ptr::null_mut()) };
     if pid > 0 {
         return Ok(Some(pid as u32));
@@ -121,11 +121,11 @@ pub fn fork_server() -> io::Result<Option<u32>> {
 /// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
 /// the default for what is handled, but would inherit what is ignored.
 fn take_signals() {
-    // SAFETY: both handlers are async-signal-safe; of a `sigset_t` all bits are set in an array of ones that is
-    // larger than it.
+    // SAFETY: both handlers are async-signal-safe; the array is at least as large as a `sigset_t`, and all ones is
+    // the full set.
     unsafe {
-        // Signals wait until `fork_server` knows to whom they are handed on. It blocks none: commands would
-        // inherit that.
+        // Signals wait until `fork_server` knows to whom to hand them on. It unblocks them all, since commands
+        // inherit the mask.
         sigprocmask(SIG_SETMASK, &[c_ulong::MAX; 32], ptr::null_mut());
         signal(SIGTERM, Some(note));
         signal(SIGINT, Some(note));
@@ -235,7 +235,7 @@ pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) 
     set(IPPROTO_TCP, TCP_KEEPIDLE, seconds(idle));
     // The first probe that finds the peer silent for `patience` is the last one.
     set(IPPROTO_TCP, TCP_KEEPINTVL, seconds(patience));
-    // Which stops at the largest int, 24 days.
+    // `as` stops at the largest int, 24 days.
     let millis = (patience.as_secs_f64() * 1000.0).ceil() as c_int;
     set(IPPROTO_TCP, TCP_USER_TIMEOUT, millis);
 }
