@@ -143,7 +143,7 @@ impl Connection<'_> {
         match run::run(&command, &words, content, self.socket, self.peer, self.limits, stream) {
             Err(refusal) if is_events && matches!(refusal.status, 403 | 404) => {
                 let text = quoted_as_sent(&command, &words.join(&b' '));
-                self.tell_failure(&refusal, &text, Stream::new(true, is_chunked, head))
+                self.fail(&refusal, &text, Stream::new(true, is_chunked, head))
             }
             done => done,
         }
@@ -163,17 +163,12 @@ impl Connection<'_> {
     }
 
     /// Sends the whole stream of a command that could not be started.
-    fn tell_failure(
-        &self,
-        refusal: &Refusal,
-        command: &str,
-        mut stream: Stream,
-    ) -> Result<(), Refusal> {
+    fn fail(&self, why: &Refusal, command: &str, mut stream: Stream) -> Result<(), Refusal> {
         // By what a shell says so (XCU 2.8.2).
-        let code = if refusal.status == 404 { 127 } else { 126 };
-        stream.error(&refusal.words);
+        let code = if why.status == 404 { 127 } else { 126 };
+        stream.error(&why.words);
         let numbers = stream.exit("failed", Some(code), None, 0);
-        let (peer, why) = (self.peer, quoted(refusal.words.as_bytes()));
+        let (peer, why) = (self.peer, quoted(why.words.as_bytes()));
         log::line(format_args!(
             "exit peer={peer} pid=0 command={command} out=failed{numbers} why={why}"
         ));

@@ -7,7 +7,7 @@
 
 use crate::clock::{rfc3339, unix_millis};
 use std::sync::{OnceLock, atomic::AtomicUsize, atomic::Ordering::SeqCst, mpsc};
-use std::{fmt::Arguments, io, io::Write, thread, time::Duration, time::Instant};
+use std::{fmt::Arguments, io, io::Write, thread, time::Duration};
 
 /// Lines that wait to be written: 12 MiB at the most, with three texts each.
 const QUEUE: usize = 512;
@@ -16,13 +16,10 @@ const QUEUE: usize = 512;
 const LONGEST_TEXT: usize = 8_000;
 /// Of the token. Fewer characters stand in many a text by chance, and tell nothing.
 const SHORTEST_PART: usize = 4;
-/// How long the program's end waits for the last lines.
-const LAST_MOMENT: Duration = Duration::from_millis(200);
-const PAUSE: Duration = Duration::from_millis(1);
+/// How long the program's end waits for the last lines to be written.
+pub const LAST_MOMENT: Duration = Duration::from_millis(150);
 
 static LINES: OnceLock<mpsc::SyncSender<String>> = OnceLock::new();
-/// Lines in the queue, with the one that is being written.
-static WAITING: AtomicUsize = AtomicUsize::new(0);
 /// Lines that were not written, and that no line has told of.
 static LOST: AtomicUsize = AtomicUsize::new(0);
 /// What is left out of every text, escaped as texts are.
@@ -47,7 +44,6 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
             if written.is_err() {
                 LOST.fetch_add(lost + 1, SeqCst);
             }
-            WAITING.fetch_sub(1, SeqCst);
         }
     })?;
     Ok(())
@@ -56,18 +52,8 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
 /// Has `TIME HAPPENING key=value …` written, and does not wait for it.
 pub fn line(happening: Arguments) {
     let line = format!("{} {happening}\n", rfc3339(unix_millis()));
-    WAITING.fetch_add(1, SeqCst);
     if LINES.get().is_none_or(|lines| lines.try_send(line).is_err()) {
-        WAITING.fetch_sub(1, SeqCst);
         LOST.fetch_add(1, SeqCst);
-    }
-}
-
-/// Gives the lines that wait a moment to be written, and no more.
-pub fn finish() {
-    let begun = Instant::now();
-    while WAITING.load(SeqCst) > 0 && begun.elapsed() < LAST_MOMENT {
-        thread::sleep(PAUSE);
     }
 }
 

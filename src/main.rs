@@ -79,6 +79,6 @@ fn serve(config: Config) -> io::Result<()> {
         let _ = writeln!(io::stdout(), "ssecommander listening on http://{address}");
     })?;
     server::serve(listener, config)?;
-    log::finish();
+    thread::sleep(log::LAST_MOMENT);
     Ok(())
 }

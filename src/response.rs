@@ -22,8 +22,7 @@ pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
 
 /// What a foreign page may send and read, after the origin. All but the last field is for preflights.
 const FOREIGN_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
-    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\n\
-    Vary: Origin\r\n";
+    Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\nVary: Origin\r\n";
 
 /// What an answer depends on beside its content.
 pub struct Context<'a> {

@@ -18,7 +18,7 @@ const PAUSE: Duration = Duration::from_millis(10);
 /// are let go, and a client that does not read is (0.7 s).
 const AFTER_GRACE: Duration = Duration::from_millis(2_800);
 /// What the end may take once nobody waits for a command any longer.
-const URGENT_TIME: Duration = Duration::from_millis(400);
+const URGENT_TIME: Duration = Duration::from_millis(300);
 /// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
 

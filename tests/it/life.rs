@@ -670,6 +670,16 @@ fn closed_streams_are_not_the_end() {
     is_gone(pid);
 }
 
+/// The heartbeat goes on while a command takes its time to end: what nobody reads holds nothing up.
+#[test]
+fn a_client_that_has_left_gets_no_heartbeat() {
+    let server = Server::start(&["--heartbeat", "0.2", "--grace", "1"]);
+    let (client, pid) = server.begin("sh -c \"trap '' TERM; while :; do sleep 0.1; done\"");
+    drop(client);
+    is_gone(pid);
+    server.logged(&["Z exit ", &format!(" pid={pid} out=gone signal=9 ")]);
+}
+
 /// What `poll` has promised to a reader can be gone when it reads, and room for a feeder when it writes.
 #[test]
 fn a_command_that_meddles_with_its_own_pipes_holds_nothing_up() {
