@@ -22,7 +22,7 @@ pub struct Child {
 pub struct Pipes {
     /// Where the command is fed.
     pub stdin: Option<ChildStdin>,
-    /// Its stdout and its stderr.
+    /// Its stdout and its stderr, as in `output::SOURCES`.
     pub outputs: [File; 2],
 }
 

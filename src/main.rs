@@ -50,6 +50,7 @@ fn start() -> Result<(), Exit> {
     // Made into text with losses, an argument could name another file, or admit another command.
     let args: Result<Vec<_>, _> = env::args_os().skip(1).map(OsString::into_string).collect();
     let args = args.map_err(|wrong| Exit(2, format!("{wrong:?} is not UTF-8; see --help")))?;
+    // These stand alone.
     let text = match args.join(" ").as_str() {
         "-h" | "--help" => response::USAGE,
         "-V" | "--version" => VERSION,

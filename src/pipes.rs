@@ -45,6 +45,7 @@ pub fn read(mut pipe: File, source: usize, run: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&pipe);
     let mut last_reads = 0;
     while last_reads <= MOST_IN_PIPE / BUFFER {
+        // From then on it does not wait, and stops where it would have to.
         let is_last = is_over.load(SeqCst);
         last_reads += usize::from(is_last);
         if !is_last && sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 {

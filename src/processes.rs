@@ -31,6 +31,7 @@ pub fn is_known() -> bool {
 pub fn all() -> Vec<Process> {
     /// When they were read, and what was found.
     static LAST: Mutex<(Option<Instant>, Vec<Process>)> = Mutex::new((None, Vec::new()));
+    // A reading that began later than this is new enough.
     let asked = Some(Instant::now());
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     let (begun, processes) = &mut *last;

@@ -33,15 +33,19 @@ const LAST_STALL: Duration = Duration::from_millis(700);
 /// Of a thread that reads or feeds: its buffers are on the heap.
 const STACK: usize = 64 << 10;
 
-/// The options that bound commands.
+/// What the options say about commands and their clients.
 pub struct Limits {
-    /// Running at once.
+    /// Commands that run at once.
     pub max_commands: usize,
-    /// Zero is none.
+    /// The longest life of a command; zero is none.
     pub timeout: Duration,
+    /// Between SIGTERM and SIGKILL; also for what a command that has exited left running.
     pub grace: Duration,
+    /// Of silence, before a comment is sent.
     pub heartbeat: Duration,
+    /// The longest that a client may take nothing.
     pub stall: Duration,
+    /// Output is logged too.
     pub verbose: bool,
 }
 
@@ -205,6 +209,7 @@ impl Run<'_> {
         let timeout = self.limits.timeout;
         let is_late = !timeout.is_zero() && self.started.elapsed() >= timeout;
         if self.lost.is_some() {
+            // An empty text sends nothing.
             Some(Cause { out: None, why: "" })
         } else if self.starved.is_some() {
             Some(Cause { out: None, why: "the request's content broke off" })
@@ -253,7 +258,8 @@ impl Run<'_> {
 
     /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
     fn receive(&mut self) {
-        // Where nothing is to come, it is the leader's exit that is waited for, at first for moments only.
+        // Where nothing is to come, it is the leader's exit that is waited for: at first for a moment, then for
+        // twice as long each turn; 2^11 such moments are a tick.
         let is_closed = self.open_outputs == 0;
         let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
         let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
@@ -285,7 +291,8 @@ impl Run<'_> {
         // A connection's end looks like a half-close. To a comment it answers with a reset, which a later
         // look sees.
         let is_in_doubt = is_half_closed && !self.is_probed;
-        // Plain text has nothing to say, unless input that nobody reads could hide the client's end.
+        // Plain text has nothing to say. But where unread input fills the window, a client's end does not arrive
+        // before something that was sent brings it out.
         let is_told = self.stream.is_events || state & POLLIN != 0;
         let is_due = is_told && self.written.elapsed() >= self.limits.heartbeat;
         if self.lost.is_none() && self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
@@ -310,6 +317,7 @@ impl Run<'_> {
         while !self.stream.unsent.is_empty() {
             self.send();
         }
+        // That the command was left matters more than that the client was lost.
         let logged = if status.is_some() { self.lost.unwrap_or(out) } else { out };
         let (peer, pid) = (self.peer, self.child.pid);
         log::line(format_args!("exit peer={peer} pid={pid} out={logged}{numbers}"));

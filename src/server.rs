@@ -6,8 +6,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::Ordering::SeqCst};
 use std::{io, thread, time::Duration, time::Instant};
 
-/// Connections that run no command. Beyond them clients wait to be accepted, and not for long: who sends
-/// nothing has five seconds.
+/// Connections that run no command. Beyond them clients wait to be accepted until one of these ends: after five
+/// seconds, where it sends nothing.
 const MOST_WAITING: usize = 512;
 /// Of a connection's thread. Buffers are on the heap, and a 32-bit host has no 2 MiB for each of hundreds.
 const STACK: usize = 128 << 10;
