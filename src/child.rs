@@ -51,7 +51,7 @@ impl Child {
     /// Whether the leader has exited.
     pub fn has_exited(&self) -> bool {
         // A wait that fails could only go on failing, and must not keep the run for ever.
-        sys::has_exited_noreap(self.pid).unwrap_or(true)
+        sys::exited_noreap(Some(self.pid)).map_or(true, |pid| pid > 0)
     }
 
     /// Sends a signal to the command and to all that it started: to its group, and one by one to what is
@@ -88,9 +88,8 @@ impl Child {
     /// Reaps the leader. One that cannot be killed has no status; a thread waits to reap it. Where none is
     /// to be had, it stays a zombie until the server ends.
     pub fn reap(&mut self) -> Option<ExitStatus> {
-        let has_exited = self.has_exited();
         let mut process = self.process.take()?;
-        if has_exited {
+        if self.has_exited() {
             return process.wait().ok();
         }
         let _ = thread::Builder::new().spawn(move || process.wait());

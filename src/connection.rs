@@ -140,10 +140,10 @@ impl Connection<'_> {
         let stream = Stream::new(is_events, is_chunked, [interim.as_bytes(), &head].concat());
         let content = self.input.buffer().chain(self.socket).take(length);
         let content = if is_fed { Some(content) } else { None };
-        match run::run(&command, &words, content, self.socket, self.peer, self.limits, stream) {
+        let text = quoted_as_sent(&command, &words.join(&b' '));
+        match run::run(&text, &words, content, self.socket, self.peer, self.limits, stream) {
             // There is no such program, or it cannot be run.
             Err(refusal) if is_events && matches!(refusal.status, 403 | 404) => {
-                let text = quoted_as_sent(&command, &words.join(&b' '));
                 self.fail(&refusal, &text, Stream::new(true, is_chunked, head))
             }
             done => done,

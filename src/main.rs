@@ -38,9 +38,7 @@ use refusal::words_of;
 use std::{env, ffi::OsString, io, io::Write, net::TcpListener, process::ExitCode, thread};
 
 fn main() -> ExitCode {
-    let Err(Exit(status, why)) = start() else {
-        return ExitCode::SUCCESS;
-    };
+    let Err(Exit(status, why)) = start() else { return ExitCode::SUCCESS };
     // A closed stderr is no reason for another status.
     let _ = writeln!(io::stderr(), "ssecommander: {why}");
     ExitCode::from(status)

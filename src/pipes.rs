@@ -75,10 +75,7 @@ pub fn feed(mut content: Content, mut stdin: ChildStdin, run: &Sender, is_over: 
     while content.limit() > 0 && !is_over.load(SeqCst) {
         match content.read(&mut buffer) {
             Err(error) if is_passing(&error) => {}
-            Ok(0) | Err(_) => {
-                let _ = run.send(Message::BrokeOff(stdin));
-                return;
-            }
+            Ok(0) | Err(_) => return drop(run.send(Message::BrokeOff(stdin))),
             Ok(length) => write_all(&mut stdin, &buffer[..length], is_over),
         }
     }

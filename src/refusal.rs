@@ -26,8 +26,7 @@ pub const CUT: Refusal = refuse(400, "request breaks off; send all of it");
 pub const LENGTH: Refusal = refuse(400, "malformed Content-Length; send one number of bytes");
 pub const HOST: Refusal = refuse(400, "no good Host; send one NAME, NAME:PORT or [IPv6]:PORT");
 pub const ESCAPE: Refusal = refuse(400, "malformed percent-escape; a % itself is sent as %25");
-pub const COMMAND: Refusal =
-    refuse(400, "needs one command; send /run?command=ls or curl --data-urlencode 'command=ls -l'");
+pub const COMMAND: Refusal = refuse(400, "needs one command; curl --data-urlencode 'command=ls'");
 pub const OTHER_FIELD: Refusal =
     refuse(400, "unknown field '{}'; a command with & needs curl --data-urlencode 'command=…'");
 pub const NUL: Refusal = refuse(400, "command has a NUL; no argument can hold one");
@@ -41,8 +40,7 @@ pub const NOT_ALLOWED: Refusal = refuse(403, "command not allowed; GET /commands
 pub const NO_PATH: Refusal = refuse(404, "no such path; there are /, /run and /commands");
 pub const METHOD: Refusal = refuse(405, "method not for this path; it has GET, HEAD and OPTIONS");
 pub const LATE: Refusal = refuse(408, "request took too long; head and form have 5 s each");
-pub const NO_LENGTH: Refusal =
-    refuse(411, "content without Content-Length; curl --data-binary @- sends it, -T - does not");
+pub const NO_LENGTH: Refusal = refuse(411, "no Content-Length; curl --data-binary @- sends one");
 pub const LONG_FORM: Refusal = refuse(413, "form over 64 KiB; send what is long as standard input");
 pub const LONG_LINE: Refusal = refuse(414, "request line over 8 KiB; send the command as a form");
 pub const FORM: Refusal = refuse(415, "content is no form; use curl --data-urlencode 'command=ls'");
@@ -56,8 +54,7 @@ pub const VERSION: Refusal = refuse(505, "HTTP version is not 1.x; send HTTP/1.1
 /// The longest piece of what a client sent that it is shown again.
 const LONGEST_SHOWN: usize = 200;
 /// What shells have built in, or as a part of their grammar, and people therefore type.
-const SHELL_WORDS: &str = " . : alias bg case cd declare eval exec exit export fg for history if \
-    jobs local read set source trap type ulimit umask unalias unset until wait while ";
+const SHELL_WORDS: &str = " . : alias cd eval exec export for if jobs read set source type umask ";
 
 impl Refusal {
     /// With what it is about.

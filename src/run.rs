@@ -64,10 +64,11 @@ impl Drop for Counted {
 }
 
 /// Starts a command, feeds it `content`, if it is to have any, streams it to `socket`, whose reads and writes
-/// time out after a tick, and sees to its end. A command that was not started is refused, before anything of the
-/// stream was sent. [`refusal::GONE`] is a client that did not get all of it, `exit` included.
+/// time out after a tick, and sees to its end. `command` is its command line as the log has it. A command that
+/// was not started is refused, before anything of the stream was sent. [`refusal::GONE`] is a client that did
+/// not get all of it, `exit` included.
 pub fn run(
-    command: &[u8],
+    command: &str,
     words: &[Vec<u8>],
     content: Option<Content>,
     socket: &TcpStream,
@@ -100,8 +101,7 @@ pub fn run(
         is_probed: false,
         lost: None,
     };
-    let text = log::quoted_as_sent(command, &words.join(&b' '));
-    log::line(format_args!("run peer={peer} pid={} command={text}", run.child.pid));
+    log::line(format_args!("run peer={peer} pid={} command={command}", run.child.pid));
     let done = thread::scope(|scope| -> io::Result<bool> {
         // `spawn` would panic where no thread is to be had.
         let builder = || thread::Builder::new().stack_size(STACK);

@@ -15,14 +15,12 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// Splits the program in two, and returns in the server. The supervisor ends here, with the server's exit
 /// status, when the server has ended and all it left was killed. Call it before any thread is started.
 pub fn split() -> io::Result<()> {
-    let Some(server) = sys::fork_server()? else {
-        return Ok(());
-    };
-    let mut exited = sys::wait_any_noreap()?;
+    let Some(server) = sys::fork_server()? else { return Ok(()) };
+    let mut exited = sys::exited_noreap(None)?;
     while exited != server {
         // As process 1 of a container it is the parent of all whose own parent has ended.
         sys::reap(exited)?;
-        exited = sys::wait_any_noreap()?;
+        exited = sys::exited_noreap(None)?;
     }
     // The server is a zombie until it is reaped, so no other session can have got its number.
     kill_session(server);

@@ -161,22 +161,16 @@ const WNOHANG: c_int = 1;
 const WEXITED: c_int = 4;
 const WNOWAIT: c_int = 0x0100_0000;
 
-/// Waits until a child has exited, any child, and returns its id. It is not reaped: a zombie keeps its
-/// number from being given to another process.
-pub fn wait_any_noreap() -> io::Result<u32> {
-    wait_noreap(P_ALL, 0, 0)
-}
-
-/// Whether that child has exited. It is not reaped.
-pub fn has_exited_noreap(pid: u32) -> io::Result<bool> {
-    Ok(wait_noreap(P_PID, pid, WNOHANG)? != 0)
-}
-
-/// The id of a child that has exited, or 0 where none has and WNOHANG is asked for.
-fn wait_noreap(idtype: c_uint, id: c_uint, options: c_int) -> io::Result<u32> {
+/// The id of a child that has exited. It is not reaped: a zombie keeps its number from being given to another
+/// process. Waits for any child where none is named; of a named one it is 0 as long as that has not exited.
+pub fn exited_noreap(child: Option<u32>) -> io::Result<u32> {
+    let (idtype, id, options) = match child {
+        Some(pid) => (P_PID, pid, WEXITED | WNOWAIT | WNOHANG),
+        None => (P_ALL, 0, WEXITED | WNOWAIT),
+    };
     let mut info = SignalInfo([0; 32]);
     // SAFETY: the call fills in a siginfo_t, for which there is room.
-    check(unsafe { waitid(idtype, id, &mut info, WEXITED | WNOWAIT | options) })?;
+    check(unsafe { waitid(idtype, id, &mut info, options) })?;
     Ok(info.0[SI_PID] as u32)
 }
 

@@ -983,7 +983,7 @@ fn root_a_number_that_was_given_again_is_not_hit() {
 /// printed for that is tried, since what the system holds of it differs.
 fn client_that_keeps_exit_waiting(server: &Server) -> (Client, u32) {
     let mut length = room_of_an_idle_client(&Server::start(&[])) - 200_000;
-    for _ in 0..40 {
+    for _ in 0..100 {
         wait_for("the last one to be reaped", || server.children().is_empty());
         let (client, pid) = server.begin(&format!("head -c {length} /dev/zero"));
         let start = Instant::now();
