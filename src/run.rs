@@ -54,12 +54,12 @@ pub static RUNNING: AtomicUsize = AtomicUsize::new(0);
 /// Whether the server's end waits for no command any longer.
 pub static IS_URGENT: AtomicBool = AtomicBool::new(false);
 
-/// One of those that are counted, until it is dropped.
-pub struct Counted(pub &'static AtomicUsize);
+/// A command's place among those that run: free again when it is dropped.
+struct Place;
 
-impl Drop for Counted {
+impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, SeqCst);
+        RUNNING.fetch_sub(1, SeqCst);
     }
 }
 
@@ -77,7 +77,7 @@ pub fn run(
     stream: Stream,
 ) -> Result<(), Refusal> {
     let is_free = RUNNING.fetch_add(1, SeqCst) < limits.max_commands;
-    let place = Counted(&RUNNING);
+    let place = Place;
     ensure(is_free, refusal::BUSY.about("place for one more command"))?;
     let started = Instant::now();
     let (child, pipes) = Child::start(words, content.is_some())?;
@@ -303,7 +303,7 @@ impl Run<'_> {
 
     /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
     /// the client got it.
-    fn finish(mut self, why_ended: Option<&'static str>, place: Counted) -> bool {
+    fn finish(mut self, why_ended: Option<&'static str>, place: Place) -> bool {
         let status = self.child.reap();
         drop(place);
         let code = status.and_then(|status| status.code());
