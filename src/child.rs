@@ -3,7 +3,7 @@
 //! A leader that has exited stays a zombie until its group has been killed, so that the group's number cannot
 //! have gone to somebody else: drain, signal, reap.
 
-use crate::refusal::{self, Refusal, shown, words_of};
+use crate::refusal::{self, Refusal, error_text, shown};
 use crate::{processes, processes::Process, sys};
 use std::os::{fd::OwnedFd, unix::ffi::OsStrExt, unix::process::CommandExt};
 use std::process::{self, ChildStdin, Command, ExitStatus, Stdio};
@@ -30,8 +30,9 @@ impl Child {
     /// Starts a command, of at least one word, in a process group of its own.
     pub fn start(words: &[Vec<u8>], is_fed: bool) -> Result<(Child, Pipes), Refusal> {
         let words: Vec<&OsStr> = words.iter().map(|word| OsStr::from_bytes(word)).collect();
-        // With these alone std starts it by posix_spawn(3): a fork of the whole server costs two to three
-        // times as much, and execvp(3) hands a file that the kernel cannot execute to a shell.
+        // std starts it by posix_spawn(3) as long as no user, no directory, no environment and no code of our own is
+        // set here. Otherwise it would fork the whole server, which costs two to three times as much, and then call
+        // execvp(3), which hands a file that the kernel cannot execute to a shell.
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).process_group(0);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -50,36 +51,59 @@ impl Child {
 
     /// Whether the leader has exited.
     pub fn has_exited(&self) -> bool {
-        // A wait that fails could only go on failing, and must not keep the run for ever.
-        sys::exited_noreap(Some(self.pid)).map_or(true, |pid| pid > 0)
+        // Where the question fails, it would go on failing, and must not keep the run for ever.
+        sys::has_exited(self.pid).unwrap_or(true)
     }
 
-    /// Sends a signal to the command and to all that it started: to its group, and one by one to what is
-    /// outside of it, now or when it was looked for before. Only its own group is ever signalled as a group,
-    /// since another one could hold anybody. What has left the session is left alone.
-    pub fn signal(&mut self, signal: i32) {
-        // Found first: what loses its parent to the signal is nobody's descendant any more.
-        self.find_family();
-        for number in [signal, sys::SIGCONT] {
-            // One that is stopped would not notice before SIGCONT.
-            sys::send_group(self.pid, number);
-            for stray in self.family.iter().filter(|process| process.group != self.pid) {
-                sys::send(stray.pid, number);
+    /// Asks the command, and all that it started, to end.
+    pub fn terminate(&mut self) {
+        self.stop();
+        self.signal(sys::SIGTERM);
+        self.signal(sys::SIGCONT);
+    }
+
+    /// Kills the command, and all that it started.
+    pub fn kill(&mut self) {
+        self.stop();
+        self.signal(sys::SIGKILL);
+    }
+
+    /// Finds all that the command started, and stops it: otherwise what is just being started would not be found, and
+    /// when its parent has ended, nothing tells any more whose it is. What has called setsid(2) is left alone, and
+    /// what has both a group of its own and lost its parent before.
+    fn stop(&mut self) {
+        let mut found = 0;
+        loop {
+            self.find_family();
+            self.signal(sys::SIGSTOP);
+            // What was started between the two calls is found by the next round.
+            if self.family.len() <= found {
+                return;
             }
+            found = self.family.len();
         }
     }
 
-    /// Whether nobody but the leader is known to be alive of it and all that it started.
-    pub fn is_alone(&mut self) -> bool {
+    /// Sends a signal to the command's group, and to those found outside of it one by one: another group could
+    /// hold anybody.
+    fn signal(&self, signal: i32) {
+        sys::send_group(self.pid, signal);
+        for stray in self.family.iter().filter(|process| process.group != self.pid) {
+            sys::send(stray.pid, signal);
+        }
+    }
+
+    /// Whether of the command, which has exited, and of all that it started nobody lives any more. Without /proc
+    /// nobody can tell.
+    pub fn is_dead(&mut self) -> bool {
         self.find_family();
-        let is_dead = |process: &Process| process.is_zombie || process.pid == self.pid;
-        // Without /proc nobody is known, not even the leader.
-        !self.family.is_empty() && self.family.iter().all(is_dead)
+        // The leader is there in any case, a zombie.
+        !self.family.is_empty() && self.family.iter().all(|process| process.is_zombie)
     }
 
     fn find_family(&mut self) {
         let found = processes::family(processes::all(), self.pid, &self.family);
-        // Where no descriptor is left to read /proc with, those that were known have to do.
+        // Where no descriptor is left by which to read /proc, those that were known have to do.
         if !found.is_empty() {
             self.family = found;
         }
@@ -99,7 +123,7 @@ impl Child {
     /// Kills and reaps one that has not been reaped.
     pub fn end(&mut self) {
         if let Some(mut process) = self.process.take() {
-            self.signal(sys::SIGKILL);
+            self.kill();
             let _ = process.wait();
         }
     }
@@ -107,16 +131,15 @@ impl Child {
 
 fn why_not_started(error: &Error, program: &OsStr) -> Refusal {
     use std::io::ErrorKind::{NotADirectory, NotFound, OutOfMemory, WouldBlock};
-    // errno(3). std has no words for these.
-    const ENFILE: i32 = 23;
-    const EMFILE: i32 = 24;
-    const ENAMETOOLONG: i32 = 36;
+    // errno(3). Rust 1.85 has no word for it.
+    const ENAMETOOLONG: Option<i32> = Some(36);
     let program = shown(program.as_bytes());
-    match (error.kind(), error.raw_os_error().unwrap_or(0)) {
-        (WouldBlock | OutOfMemory, _) => refusal::BUSY.about("process"),
-        (_, ENFILE | EMFILE) => refusal::BUSY.about("descriptor"),
+    match error.kind() {
+        WouldBlock | OutOfMemory => refusal::BUSY.about("process"),
+        _ if sys::is_out_of_descriptors(error) => refusal::BUSY.about("descriptor"),
         // What the search along PATH says where it finds nothing.
-        (NotFound | NotADirectory, _) | (_, ENAMETOOLONG) => refusal::no_program(&program),
-        _ => refusal::cannot_run(&program, &words_of(error)),
+        NotFound | NotADirectory => refusal::no_program(&program),
+        _ if error.raw_os_error() == ENAMETOOLONG => refusal::no_program(&program),
+        _ => refusal::cannot_run(&program, &error_text(error)),
     }
 }

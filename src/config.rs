@@ -1,6 +1,6 @@
 //! The command line, as what each room below is told.
 
-use crate::refusal::{shown, words_of};
+use crate::refusal::{error_text, shown};
 use crate::{policy::Allowed, policy::Rules, run::Limits};
 use std::{fs, net::SocketAddr, slice::Iter, time::Duration};
 
@@ -143,7 +143,7 @@ fn parse_origin(text: &str) -> Result<String, &'static str> {
 /// The first line of a file: visible ASCII, as it has to fit a field.
 fn read_token(path: &str) -> Result<String, Exit> {
     let cannot = |why: &str| Exit(1, format!("--token-file {path}: {why}"));
-    let content = fs::read_to_string(path).map_err(|error| cannot(&words_of(&error)))?;
+    let content = fs::read_to_string(path).map_err(|error| cannot(&error_text(&error)))?;
     let token = content.lines().next().unwrap_or("").trim();
     if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(cannot("the token is empty, or not visible ASCII"));

@@ -167,9 +167,9 @@ impl Connection<'_> {
     fn fail(&self, why: &Refusal, command: &str, mut stream: Stream) -> Result<(), Refusal> {
         // By what a shell says so (XCU 2.8.2).
         let code = if why.status == 404 { 127 } else { 126 };
-        stream.error(&why.words);
+        stream.error(&why.text);
         let numbers = stream.exit("failed", Some(code), None, 0);
-        let (peer, why) = (self.peer, quoted(why.words.as_bytes()));
+        let (peer, why) = (self.peer, quoted(why.text.as_bytes()));
         log::line(format_args!(
             "exit peer={peer} pid=0 command={command} out=failed{numbers} why={why}"
         ));
@@ -186,7 +186,7 @@ impl Connection<'_> {
             let command = quoted(form.strip_prefix(b"command=").unwrap_or(&form));
             asked += &format!(" command={command}");
         }
-        let (why, _) = refusal.words.split_once("; ").unwrap_or_default();
+        let (why, _) = refusal.text.split_once("; ").unwrap_or_default();
         let why = quoted(why.as_bytes());
         log::line(format_args!("refuse peer={peer} status={status} target={asked} why={why}"));
         self.write(&Context { request, rules: self.rules }.refusal(refusal))

@@ -34,7 +34,7 @@ mod log;
 mod sys;
 
 use config::{Config, Exit, VERSION};
-use refusal::words_of;
+use refusal::error_text;
 use std::{env, ffi::OsString, io, io::Write, net::TcpListener, process::ExitCode, thread};
 
 fn main() -> ExitCode {
@@ -55,7 +55,7 @@ fn start() -> Result<(), Exit> {
         _ => {
             let config = Config::parse(&args)?;
             let url = format!("http://{}", config.address());
-            let cannot = |error| Exit(1, format!("cannot serve on {url}: {}", words_of(&error)));
+            let cannot = |error| Exit(1, format!("cannot serve on {url}: {}", error_text(&error)));
             return serve(config).map_err(cannot);
         }
     };

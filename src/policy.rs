@@ -46,7 +46,7 @@ impl Rules {
             // A preflight never bears a token.
             "OPTIONS" => return Ok(()),
             "GET" | "HEAD" => {}
-            "POST" => ensure(path == "/run", refusal::METHOD)?,
+            "POST" => ensure(path == "/run", refusal::NOT_HERE)?,
             _ => return Err(refusal::NO_METHOD),
         }
         if path == "/" { Ok(()) } else { self.check_token(request) }

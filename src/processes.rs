@@ -3,8 +3,9 @@
 //! Read only when something is to be killed: to find what a command started outside its process group,
 //! and all that is left of the server's session once the server has ended.
 
+use crate::sys;
 use std::sync::{Mutex, PoisonError};
-use std::{fs, process, time::Instant};
+use std::{collections::HashSet, fs, io, process, time::Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Process {
@@ -26,49 +27,57 @@ pub fn is_known() -> bool {
 }
 
 /// All processes, in no order, as they were at some moment after this call began; none where [`is_known`]
-/// does not hold. Where many clients leave at once, many threads ask at once: one reads, and those that
-/// waited for it share what the next one reads.
+/// does not hold, or no descriptor is left to read with. Where many clients leave at once, many threads ask at
+/// once: one of them reads, and those that waited for it share what the next one reads.
 pub fn all() -> Vec<Process> {
     /// When they were read, and what was found.
     static LAST: Mutex<(Option<Instant>, Vec<Process>)> = Mutex::new((None, Vec::new()));
-    // A reading that began later than this is new enough.
     let asked = Some(Instant::now());
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     let (begun, processes) = &mut *last;
+    // What somebody else began to read after this call is new enough.
     if *begun <= asked {
         *begun = Some(Instant::now());
-        processes.clear();
-        if is_known() {
-            for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
-                // Not every folder is a process, and a process may have ended since.
-                let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
-                processes.extend(parse(&String::from_utf8_lossy(&stat)));
-            }
-        }
+        *processes = read_all().unwrap_or_default();
     }
     processes.clone()
 }
 
-/// Of `others`, `leader`, its group, those of `known` that are still there, and all that descend from these:
-/// as far as they belong to the session that the server leads, and all commands share.
-pub fn family(mut others: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
-    let session = process::id();
-    let mut family: Vec<Process> = Vec::new();
-    // Each round takes the children of those found before, until there are none.
-    loop {
-        let (found, rest): (Vec<_>, Vec<_>) = others.into_iter().partition(|process| {
-            let is_member = process.pid == leader || process.group == leader;
-            let is_child = family.iter().any(|parent| parent.pid == process.parent);
-            let is_same = |old: &Process| (old.pid, old.start) == (process.pid, process.start);
-            let belongs = is_member || is_child || known.iter().any(is_same);
-            belongs && process.session == session
-        });
-        if found.is_empty() {
-            return family;
+/// Fails, rather than leave out those that it has no descriptor to read.
+fn read_all() -> io::Result<Vec<Process>> {
+    let mut processes = Vec::new();
+    for folder in fs::read_dir("/proc")? {
+        match fs::read(folder?.path().join("stat")) {
+            Ok(stat) => processes.extend(parse(&String::from_utf8_lossy(&stat))),
+            Err(error) if sys::is_out_of_descriptors(&error) => return Err(error),
+            // Not every folder is a process, and a process may have ended since.
+            Err(_) => {}
         }
-        family.extend(found);
-        others = rest;
     }
+    if is_known() { Ok(processes) } else { Ok(Vec::new()) }
+}
+
+/// Of `processes`, `leader`, its group, those of `known` that are still there, and all that descend from these:
+/// as far as they belong to the session that the server leads, and all commands share.
+pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
+    let session = process::id();
+    processes.retain(|process| process.session == session);
+    // A number may have gone to another process since; a number with a start time has not.
+    let is_known = |process: &Process| {
+        known.iter().any(|old| (old.pid, old.start) == (process.pid, process.start))
+    };
+    let (mut newest, mut others): (Vec<_>, Vec<_>) = processes
+        .into_iter()
+        .partition(|process| process.pid == leader || process.group == leader || is_known(process));
+    // A generation each time round.
+    let mut family = Vec::new();
+    while !newest.is_empty() {
+        let parents: HashSet<u32> = newest.iter().map(|process| process.pid).collect();
+        family.append(&mut newest);
+        (newest, others) =
+            others.into_iter().partition(|process| parents.contains(&process.parent));
+    }
+    family
 }
 
 /// The fields of a `stat` file. The second is the program's name in brackets, which may itself hold brackets

@@ -1,5 +1,5 @@
 //! Every reason not to run a command, and the one place where a reason becomes a status (RFC 9110 section
-//! 15) and words. Who reads the words knows what was expected, and how to get there.
+//! 15) and a text. Who reads the text knows what was expected, and how to get there.
 
 use std::{borrow::Cow, io::Error, io::ErrorKind};
 
@@ -8,12 +8,12 @@ use std::{borrow::Cow, io::Error, io::ErrorKind};
 pub struct Refusal {
     pub status: u16,
     /// In one line what is wrong, a semicolon, what was expected and how to get there.
-    pub words: Cow<'static, str>,
+    pub text: Cow<'static, str>,
 }
 
-/// `{}` in the words is for [`Refusal::about`].
-const fn refuse(status: u16, words: &'static str) -> Refusal {
-    Refusal { status, words: Cow::Borrowed(words) }
+/// `{}` in the text is for [`Refusal::about`].
+const fn refuse(status: u16, text: &'static str) -> Refusal {
+    Refusal { status, text: Cow::Borrowed(text) }
 }
 
 /// Nobody is there to be told: the connection ended or failed.
@@ -38,7 +38,7 @@ pub const LINK: Refusal = refuse(403, "a link runs nothing; link to the page ins
 pub const BROWSER: Refusal = refuse(403, "User-Agent is a browser's; send another one, or a token");
 pub const NOT_ALLOWED: Refusal = refuse(403, "command not allowed; GET /commands lists what is");
 pub const NO_PATH: Refusal = refuse(404, "no such path; there are /, /run and /commands");
-pub const METHOD: Refusal = refuse(405, "method not for this path; it has GET, HEAD and OPTIONS");
+pub const NOT_HERE: Refusal = refuse(405, "method not for this path; it has GET, HEAD and OPTIONS");
 pub const LATE: Refusal = refuse(408, "request took too long; head and form have 5 s each");
 pub const NO_LENGTH: Refusal = refuse(411, "no Content-Length; curl --data-binary @- sends one");
 pub const LONG_FORM: Refusal = refuse(413, "form over 64 KiB; send what is long as standard input");
@@ -59,7 +59,7 @@ const SHELL_WORDS: &str = " . : alias cd eval exec export for if jobs read set s
 impl Refusal {
     /// With what it is about.
     pub fn about(&self, about: &str) -> Refusal {
-        Refusal { status: self.status, words: self.words.replace("{}", about).into() }
+        Refusal { status: self.status, text: self.text.replace("{}", about).into() }
     }
 }
 
@@ -73,12 +73,12 @@ pub fn no_program(name: &str) -> Refusal {
         "it is not on the server's PATH"
     };
     let hint = format!("{reason}, and no shell is started: sh -c '{name} …'");
-    Refusal { status: 404, words: format!("{name}: no such program; {hint}").into() }
+    Refusal { status: 404, text: format!("{name}: no such program; {hint}").into() }
 }
 
 /// The program is there, but cannot be run.
 pub fn cannot_run(name: &str, why: &str) -> Refusal {
-    Refusal { status: 403, words: format!("{name}: cannot be run; {why}").into() }
+    Refusal { status: 403, text: format!("{name}: cannot be run; {why}").into() }
 }
 
 impl From<Error> for Refusal {
@@ -101,7 +101,7 @@ pub fn shown(bytes: &[u8]) -> String {
 }
 
 /// The system's words for an error, without the number that std puts behind them.
-pub fn words_of(error: &Error) -> String {
+pub fn error_text(error: &Error) -> String {
     let text = error.to_string();
     let (words, _) = text.split_once(" (os error").unwrap_or((&text, ""));
     words.to_string()
@@ -118,18 +118,18 @@ mod tests {
         let mut refusals: Vec<_> = about.iter().map(|refusal| refusal.about(&name)).collect();
         refusals.extend([no_program(&name), cannot_run(&name, "why"), NO_LENGTH, TOKEN, LATE]);
         for refusal in refusals {
-            let words = refusal.words;
-            assert!((400..600).contains(&refusal.status), "{words}");
-            assert!(words.contains("; ") && !words.contains("{}"), "{words}");
-            assert!(!words.chars().any(char::is_control), "{words}");
+            let text = refusal.text;
+            assert!((400..600).contains(&refusal.status), "{text}");
+            assert!(text.contains("; ") && !text.contains("{}"), "{text}");
+            assert!(!text.chars().any(char::is_control), "{text}");
         }
     }
 
     #[test]
     fn words_of_the_shell_are_told_as_such() {
-        assert!(no_program("cd").words.starts_with("cd: no such program; it is a word of"));
-        assert!(!no_program("nonesuch").words.contains("word of the shell"));
-        assert!(no_program("/x/y").words.contains("interpreter"));
+        assert!(no_program("cd").text.starts_with("cd: no such program; it is a word of"));
+        assert!(!no_program("nonesuch").text.contains("word of the shell"));
+        assert!(no_program("/x/y").text.contains("interpreter"));
     }
 
     #[test]

@@ -50,7 +50,7 @@ impl Context<'_> {
             _ => "",
         };
         let status = format!("{} Refused", refusal.status);
-        let line = format!("{}\n", refusal.words);
+        let line = format!("{}\n", refusal.text);
         self.whole(&status, &format!("{field}{PLAIN}"), line.as_bytes())
     }
 

@@ -3,11 +3,11 @@
 //!
 //! Threads read the command's pipes and feed it (`pipes`); the connection's thread takes what they have read
 //! from a channel, encodes it and writes it. The channel is bounded, so a client that reads slowly slows the
-//! command down. The command's life is [`Run::live`], from top to bottom; in each of its phases the connection's
-//! thread goes on in turns, of a tick at the most, and looks after each at what ends that phase. Nothing a
-//! command does to its pipes can hold this thread.
+//! command down. The command's life is [`Run::live`], from top to bottom. In each of its phases the connection's
+//! thread goes on in turns; a turn waits for messages for a tick at the most, and for the client for another, so
+//! nothing that a command does to its pipes can hold this thread.
 
-use crate::pipes::{self, Content, Message, TICK, is_passing};
+use crate::pipes::{self, Content, Message, Shared, TICK, is_passing};
 use crate::refusal::{self, Refusal, ensure};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use crate::{child::Child, log, log::quoted, output::SOURCES, output::Stream};
@@ -21,14 +21,12 @@ use std::{net::SocketAddr, net::TcpStream, process::ChildStdin, thread};
 const CHANNEL: usize = 2;
 /// Encoded output, in bytes, to which no more messages are added: a byte of one may have become six.
 const ENOUGH: usize = 64 << 10;
-/// Ticks without a word after which what a command left running is quiet, and its stream ends. They are counted,
-/// since a clock would go on while the whole server is stopped for a moment.
-const QUIET_TICKS: u32 = 3;
+/// Turns without a message after which what a command left running is quiet, and its stream ends. They are counted,
+/// since by the clock it would be quiet, too, when the whole server was stopped (SIGSTOP, a laptop's lid).
+const QUIET_TURNS: u32 = 3;
 /// A leader that was sent SIGKILL is dead by then, or cannot be killed.
 const KILL_TIME: Duration = Duration::from_secs(1);
-/// The first wait for a leader to exit whose pipes have ended, as they do just before.
-const FIRST_WAIT: Duration = Duration::from_micros(50);
-/// How long a client that does not read can hold up the server's end.
+/// How long a client that takes nothing can hold up the server's end.
 const LAST_STALL: Duration = Duration::from_millis(700);
 /// Of a thread that reads or feeds: its buffers are on the heap.
 const STACK: usize = 64 << 10;
@@ -64,9 +62,9 @@ impl Drop for Place {
 }
 
 /// Starts a command, feeds it `content`, if it is to have any, streams it to `socket`, whose reads and writes
-/// time out after a tick, and sees to its end. `command` is its command line as the log has it. A command that
-/// was not started is refused, before anything of the stream was sent. [`refusal::GONE`] is a client that did
-/// not get all of it, `exit` included.
+/// time out after a tick, and sees to its end. `command` is its command line as the log has it. It is refused
+/// before anything of the stream was sent: where it was not started, or was killed at once since there were no
+/// threads for its pipes. [`refusal::GONE`] is a client that did not get all of it, `exit` included.
 pub fn run(
     command: &str,
     words: &[Vec<u8>],
@@ -81,10 +79,10 @@ pub fn run(
     ensure(is_free, refusal::BUSY.about("place for one more command"))?;
     let started = Instant::now();
     let (child, pipes) = Child::start(words, content.is_some())?;
+    log::line(format_args!("run peer={peer} pid={} command={command}", child.pid));
     let (sender, messages) = sync_channel(CHANNEL);
-    let is_over = AtomicBool::new(false);
-    // The sender stays here too, so that waiting for a message waits also where all readers have ended.
-    let (sender, is_over) = (&sender, &is_over);
+    let (open_outputs, is_over) = (AtomicUsize::new(2), AtomicBool::new(false));
+    let shared = &Shared { messages: sender, open_outputs, is_over };
     let mut run = Run {
         child,
         socket,
@@ -92,29 +90,34 @@ pub fn run(
         limits,
         stream,
         messages,
-        is_over,
+        shared,
         started,
         written: started,
-        open_outputs: 2,
+        has_output: true,
         quiet_turns: 0,
+        exit_wait: Duration::from_micros(25),
         starved: None,
         is_probed: false,
         lost: None,
     };
-    log::line(format_args!("run peer={peer} pid={} command={command}", run.child.pid));
     let done = thread::scope(|scope| -> io::Result<bool> {
         // `spawn` would panic where no thread is to be had.
         let builder = || thread::Builder::new().stack_size(STACK);
         for (source, pipe) in pipes.outputs.into_iter().enumerate() {
-            builder().spawn_scoped(scope, move || pipes::read(pipe, source, sender, is_over))?;
+            builder().spawn_scoped(scope, move || pipes::read(pipe, source, shared))?;
         }
         if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
-            builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
+            builder().spawn_scoped(scope, || pipes::feed(content, stdin, shared))?;
         }
         let why_ended = run.live();
+        // Takes the run, which therefore belongs to this closure, and is dropped on every way out of it, before the
+        // scope waits for the threads. It tells them to end.
         Ok(run.finish(why_ended, place))
     });
-    ensure(done.map_err(|_| refusal::BUSY.about("thread"))?, refusal::GONE)
+    match done {
+        Err(_) => Err(refusal::BUSY.about("thread")),
+        Ok(is_complete) => ensure(is_complete, refusal::GONE),
+    }
 }
 
 struct Run<'a> {
@@ -124,15 +127,16 @@ struct Run<'a> {
     limits: &'a Limits,
     stream: Stream,
     messages: Receiver<Message>,
-    /// Tells the threads that what is not in the pipes by now is not waited for.
-    is_over: &'a AtomicBool,
+    shared: &'a Shared,
     started: Instant,
     /// When the client last took something: silence and a stall count from here.
     written: Instant,
-    /// How many of stdout and stderr have not ended.
-    open_outputs: u32,
-    /// How many times nothing came since the command was last heard of.
+    /// Not both of stdout and stderr have ended.
+    has_output: bool,
+    /// How many turns nothing has come for.
     quiet_turns: u32,
+    /// The last wait for a leader to exit whose outputs have ended.
+    exit_wait: Duration,
     /// The command's input, where the request's content ended before its length did.
     starved: Option<ChildStdin>,
     /// Whether a comment was sent to a client that has half-closed.
@@ -143,65 +147,69 @@ struct Run<'a> {
 
 /// Why the server ends a command.
 struct Cause {
-    /// The word of `exit`, where it has one.
+    /// The `out` of `exit`, where it has one for this.
     out: Option<&'static str>,
     /// What the client is told, if it is there.
-    why: &'static str,
+    text: &'static str,
 }
 
 impl Drop for Run<'_> {
     /// On every way out, also where a thread could not be started or this one panics, the threads end, and
     /// no command is left.
     fn drop(&mut self) {
-        self.is_over.store(true, SeqCst);
+        self.shared.is_over.store(true, SeqCst);
         self.child.end();
     }
 }
 
 impl Run<'_> {
-    /// A command's life until nothing more comes of it. Returns the word of `exit` for why it was ended.
+    /// A command's life, until nothing more comes of it. Returns the `out` of `exit`, where it was ended.
     fn live(&mut self) -> Option<&'static str> {
         self.stream.start(self.child.pid, self.limits.heartbeat);
-        let mut cause = None;
-        while cause.is_none() && !self.child.has_exited() {
-            cause = self.turn();
-        }
-        // What it left running in its group may still write for a moment.
-        let exited = Instant::now();
-        self.quiet_turns = 0;
-        while cause.is_none()
-            && self.open_outputs > 0
-            && self.quiet_turns < QUIET_TICKS
-            && exited.elapsed() < self.limits.grace
-        {
-            cause = self.turn();
-        }
+        let cause = self.follow();
         if let Some(cause) = &cause {
-            self.stream.error(cause.why);
+            self.stream.error(cause.text);
             self.end_all();
         }
         sys::send_group(self.child.pid, sys::SIGKILL);
-        // What was written until then is still read.
-        self.is_over.store(true, SeqCst);
+        // What it has printed until now is still read, and sent.
+        self.shared.is_over.store(true, SeqCst);
         let killed = Instant::now();
-        while self.open_outputs > 0 || (!self.child.has_exited() && killed.elapsed() < KILL_TIME) {
+        while self.has_output || (!self.child.has_exited() && killed.elapsed() < KILL_TIME) {
             self.turn();
         }
         cause.and_then(|cause| cause.out)
     }
 
-    /// Asks all that the command started to end, waits for it, and kills what is left.
+    /// Streams the command until it ends by itself, or there is a cause to end it.
+    fn follow(&mut self) -> Option<Cause> {
+        let mut cause = None;
+        while cause.is_none() && !self.child.has_exited() {
+            cause = self.turn();
+        }
+        // What it left running in its group may print on, until that pauses.
+        let exited = Instant::now();
+        self.quiet_turns = 0;
+        let is_quiet = |run: &Self| !run.has_output || run.quiet_turns >= QUIET_TURNS;
+        while cause.is_none() && !is_quiet(self) && exited.elapsed() < self.limits.grace {
+            cause = self.turn();
+        }
+        cause
+    }
+
+    /// Asks all that the command started to end, waits until it has, and kills what then is left.
     fn end_all(&mut self) {
-        self.child.signal(sys::SIGTERM);
+        self.child.terminate();
         let asked = Instant::now();
         while asked.elapsed() < self.limits.grace && !IS_URGENT.load(SeqCst) {
-            // What has printed just now is alive. An open pipe says nothing: who has left the session may hold it.
-            if self.quiet_turns > 0 && self.child.has_exited() && self.child.is_alone() {
-                break;
+            // What has just printed lives; only then is /proc read. (An open pipe says nothing: it may be held by who
+            // has left the session.)
+            if self.quiet_turns > 0 && self.child.has_exited() && self.child.is_dead() {
+                return;
             }
             self.turn();
         }
-        self.child.signal(sys::SIGKILL);
+        self.child.kill();
     }
 
     /// Why the command is to end.
@@ -209,21 +217,21 @@ impl Run<'_> {
         let timeout = self.limits.timeout;
         let is_late = !timeout.is_zero() && self.started.elapsed() >= timeout;
         if self.lost.is_some() {
-            // An empty text sends nothing.
-            Some(Cause { out: None, why: "" })
+            // Nobody is told.
+            Some(Cause { out: None, text: "" })
         } else if self.starved.is_some() {
-            Some(Cause { out: None, why: "the request's content broke off" })
+            Some(Cause { out: None, text: "the request's content broke off" })
         } else if sys::is_ending() {
-            Some(Cause { out: Some("shutdown"), why: "the server is shutting down" })
+            Some(Cause { out: Some("shutdown"), text: "the server is shutting down" })
         } else if is_late && !self.child.has_exited() {
-            Some(Cause { out: Some("timeout"), why: "the command ran past --timeout" })
+            Some(Cause { out: Some("timeout"), text: "the command ran past --timeout" })
         } else {
             None
         }
     }
 
-    /// Takes what comes, sends what there is, and looks after the client; a tick or two. Returns why the command
-    /// is to end, if it is.
+    /// Takes what comes, sends what there is, and looks after the client. Returns why the command is to end, if
+    /// it is.
     fn turn(&mut self) -> Option<Cause> {
         // A client that does not take what there is keeps more from being read.
         if self.stream.unsent.is_empty() {
@@ -234,14 +242,42 @@ impl Run<'_> {
         self.cause()
     }
 
+    /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
+    fn receive(&mut self) {
+        let mut wait = TICK;
+        if !self.has_output {
+            // The leader's exit is waited for, which mostly follows at once. Nothing tells of it.
+            self.exit_wait = TICK.min(self.exit_wait * 2);
+            wait = self.exit_wait;
+        }
+        let mut next = self.messages.recv_timeout(wait).ok();
+        self.quiet_turns = if next.is_some() { 0 } else { self.quiet_turns + 1 };
+        while let Some(message) = next {
+            match message {
+                Message::Output(source, bytes) => {
+                    if self.limits.verbose {
+                        let (peer, pid) = (self.peer, self.child.pid);
+                        let (name, out) = (SOURCES[source], quoted(&bytes));
+                        log::line(format_args!("{name} peer={peer} pid={pid} out={out}"));
+                    }
+                    self.stream.output(source, bytes);
+                }
+                Message::Ended => self.has_output = false,
+                Message::BrokeOff(stdin) => self.starved = Some(stdin),
+            }
+            let is_enough = self.stream.unsent.len() >= ENOUGH;
+            next = if is_enough { None } else { self.messages.try_recv().ok() };
+        }
+    }
+
     /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
     /// away, so that the command can end.
     fn send(&mut self) {
         if self.stream.unsent.is_empty() || self.lost.is_some() {
             return self.stream.unsent.clear();
         }
-        let is_last = sys::is_ending() && self.is_over.load(SeqCst);
-        let longest_stall = if is_last { LAST_STALL } else { self.limits.stall };
+        let is_servers_end = sys::is_ending() && self.shared.is_over.load(SeqCst);
+        let longest_stall = if is_servers_end { LAST_STALL } else { self.limits.stall };
         match self.socket.write(&self.stream.unsent) {
             Ok(length) => {
                 self.stream.unsent.drain(..length);
@@ -256,45 +292,22 @@ impl Run<'_> {
         }
     }
 
-    /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
-    fn receive(&mut self) {
-        // Where nothing is to come, it is the leader's exit that is waited for: at first for a moment, then for
-        // twice as long each turn; 2^11 such moments are a tick.
-        let is_closed = self.open_outputs == 0;
-        let wait = if is_closed { FIRST_WAIT * 2_u32.pow(self.quiet_turns.min(11)) } else { TICK };
-        let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
-        self.quiet_turns = if next.is_some() { 0 } else { self.quiet_turns + 1 };
-        while let Some(message) = next {
-            match message {
-                Message::Output(source, bytes) => {
-                    if self.limits.verbose {
-                        let (peer, pid) = (self.peer, self.child.pid);
-                        let (name, out) = (SOURCES[source], quoted(&bytes));
-                        log::line(format_args!("{name} peer={peer} pid={pid} out={out}"));
-                    }
-                    self.stream.output(source, bytes);
-                }
-                Message::Ended => self.open_outputs -= 1,
-                Message::BrokeOff(stdin) => self.starved = Some(stdin),
-            }
-            let is_enough = self.stream.unsent.len() >= ENOUGH;
-            next = if is_enough { None } else { self.messages.try_recv().ok() };
-        }
-    }
-
+    /// Notices that the client has left, and sends a comment where that is due.
     fn look_at_client(&mut self) {
         let state = sys::poll_one(self.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
+        let has_unread_input = state & POLLIN != 0;
+        // Plain text has nothing by which to probe a half-closed client.
         if state & (POLLERR | POLLHUP) != 0 || (is_half_closed && !self.stream.is_events) {
             self.lost.get_or_insert("gone");
         }
-        // A connection's end looks like a half-close. To a comment it answers with a reset, which a later
-        // look sees.
+        // Who closes the whole connection looks half-closed, too, until something is sent: that brings a reset, which
+        // a later turn sees.
         let is_in_doubt = is_half_closed && !self.is_probed;
-        // Plain text has nothing to say. But where unread input fills the window, a client's end does not arrive
-        // before something that was sent brings it out.
-        let is_told = self.stream.is_events || state & POLLIN != 0;
-        let is_due = is_told && self.written.elapsed() >= self.limits.heartbeat;
+        // Plain text is silent by nature. But where unread input fills TCP's window, the client's end cannot arrive;
+        // again what is sent brings a reset.
+        let may_comment = self.stream.is_events || has_unread_input;
+        let is_due = may_comment && self.written.elapsed() >= self.limits.heartbeat;
         if self.lost.is_none() && self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
             self.is_probed = is_half_closed;
             self.stream.comment();

@@ -16,11 +16,11 @@ const PAUSE: Duration = Duration::from_millis(2);
 /// status, when the server has ended and all it left was killed. Call it before any thread is started.
 pub fn split() -> io::Result<()> {
     let Some(server) = sys::fork_server()? else { return Ok(()) };
-    let mut exited = sys::exited_noreap(None)?;
+    let mut exited = sys::wait_noreap()?;
     while exited != server {
         // As process 1 of a container it is the parent of all whose own parent has ended.
         sys::reap(exited)?;
-        exited = sys::exited_noreap(None)?;
+        exited = sys::wait_noreap()?;
     }
     // The server is a zombie until it is reaped, so no other session can have got its number.
     kill_session(server);

@@ -14,9 +14,9 @@ use std::{io, net::TcpStream, process, ptr, time::Duration};
 #[cfg(not(target_os = "linux"))]
 compile_error!("process groups, pipes and sockets are used here as Linux has them");
 #[cfg(any(target_arch = "mips", target_arch = "mips64", target_arch = "mips32r6"))]
-compile_error!("Linux on MIPS numbers signals and socket options in its own way");
-#[cfg(any(target_arch = "sparc", target_arch = "sparc64", target_arch = "mips64r6"))]
-compile_error!("Linux on SPARC and MIPS numbers signals and poll's events in its own way");
+compile_error!("Linux on MIPS has other numbers for signals and socket options");
+#[cfg(any(target_arch = "mips64r6", target_arch = "sparc", target_arch = "sparc64"))]
+compile_error!("Linux on MIPS and SPARC has other numbers for signals and poll's events");
 
 // signal(7)
 const SIGHUP: c_int = 1;
@@ -25,6 +25,7 @@ pub const SIGKILL: c_int = 9;
 pub const SIGTERM: c_int = 15;
 const SIGCHLD: c_int = 17;
 pub const SIGCONT: c_int = 18;
+pub const SIGSTOP: c_int = 19;
 const SIGXFSZ: c_int = 25;
 const SIG_IGN: usize = 1;
 const SIG_SETMASK: c_int = 2;
@@ -43,8 +44,8 @@ struct PollFd {
     revents: c_short,
 }
 
-/// `siginfo_t`, 128 bytes, as ints. For a child, three of them are followed by `si_pid`, in a union that is
-/// aligned to a pointer (sigaction(2)).
+/// `siginfo_t`, 128 bytes, as ints (sigaction(2)): si_signo, si_errno, si_code, on 64 bits a gap that aligns
+/// what follows to a pointer, and for a child then si_pid.
 #[repr(C, align(8))]
 struct SignalInfo([c_int; 32]);
 const SI_PID: usize = if cfg!(target_pointer_width = "64") { 4 } else { 3 };
@@ -95,12 +96,13 @@ pub fn is_ending() -> bool {
 pub fn fork_server() -> io::Result<Option<u32>> {
     const PR_SET_PDEATHSIG: c_int = 1;
     let parent = process::id();
+    // Signals wait until it is known to whom they are to be handed on.
+    block_signals(c_ulong::MAX);
     take_signals();
     // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
     let pid = check(unsafe { fork() })?;
     SERVER.store(pid, SeqCst);
-    // SAFETY: the array is at least as large as a `sigset_t`; all zeros is the empty set.
-    unsafe { sigprocmask(SIG_SETMASK, &[0; 32], ptr::null_mut()) };
+    block_signals(0);
     if pid > 0 {
         return Ok(Some(pid as u32));
     }
@@ -122,12 +124,8 @@ pub fn fork_server() -> io::Result<Option<u32>> {
 /// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
 /// the default for what is handled, but would inherit what is ignored.
 fn take_signals() {
-    // SAFETY: both handlers are async-signal-safe; the array is at least as large as a `sigset_t`, and all ones is
-    // the full set.
+    // SAFETY: both handlers are async-signal-safe.
     unsafe {
-        // Signals wait until `fork_server` knows to whom to hand them on. It unblocks them all, since commands
-        // inherit the mask.
-        sigprocmask(SIG_SETMASK, &[c_ulong::MAX; 32], ptr::null_mut());
         signal(SIGTERM, Some(note));
         signal(SIGINT, Some(note));
         // Ignored at the start, as nohup(1) has it, it stays without effect.
@@ -139,6 +137,12 @@ fn take_signals() {
         // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
         signal(SIGXFSZ, Some(do_nothing));
     }
+}
+
+/// Blocks the signals whose bits are set, and no others: all for all ones. Commands inherit what is blocked.
+fn block_signals(bits: c_ulong) {
+    // SAFETY: the array is at least as large as a `sigset_t`.
+    unsafe { sigprocmask(SIG_SETMASK, &[bits; 32], ptr::null_mut()) };
 }
 
 /// Sends `signal` to one process. Returns false where it is gone, or may not be signalled.
@@ -161,16 +165,22 @@ const WNOHANG: c_int = 1;
 const WEXITED: c_int = 4;
 const WNOWAIT: c_int = 0x0100_0000;
 
-/// The id of a child that has exited. It is not reaped: a zombie keeps its number from being given to another
-/// process. Waits for any child where none is named; of a named one it is 0 as long as that has not exited.
-pub fn exited_noreap(child: Option<u32>) -> io::Result<u32> {
-    let (idtype, id, options) = match child {
-        Some(pid) => (P_PID, pid, WEXITED | WNOWAIT | WNOHANG),
-        None => (P_ALL, 0, WEXITED | WNOWAIT),
-    };
+/// Waits until any child has exited, and returns its id. It is not reaped: a zombie keeps its number from being
+/// given to another process.
+pub fn wait_noreap() -> io::Result<u32> {
+    waitid_noreap(P_ALL, 0, 0)
+}
+
+/// Whether that child has exited. It is not reaped.
+pub fn has_exited(pid: u32) -> io::Result<bool> {
+    // WNOHANG returns 0 for a child that still runs.
+    Ok(waitid_noreap(P_PID, pid, WNOHANG)? == pid)
+}
+
+fn waitid_noreap(idtype: c_uint, id: u32, option: c_int) -> io::Result<u32> {
     let mut info = SignalInfo([0; 32]);
     // SAFETY: the call fills in a siginfo_t, for which there is room.
-    check(unsafe { waitid(idtype, id, &mut info, options) })?;
+    check(unsafe { waitid(idtype, id, &mut info, WEXITED | WNOWAIT | option) })?;
     Ok(info.0[SI_PID] as u32)
 }
 
@@ -184,8 +194,16 @@ pub fn reap(pid: u32) -> io::Result<i32> {
     Ok(status.code().unwrap_or(128 + status.signal().unwrap_or(0)))
 }
 
-/// What a call has returned, or the error that -1 stands for. None of these calls is interrupted: a wait goes
-/// on after a handler that signal(3) has set.
+/// Whether the process or the host has no descriptor left.
+pub fn is_out_of_descriptors(error: &io::Error) -> bool {
+    // errno(3)
+    const ENFILE: i32 = 23;
+    const EMFILE: i32 = 24;
+    matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
+}
+
+/// What a call has returned, or the error that -1 stands for. EINTR is none of them: signal(3) sets handlers
+/// with SA_RESTART, so that a wait goes on after one.
 fn check(returned: c_int) -> io::Result<c_int> {
     if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(returned) }
 }
@@ -228,7 +246,8 @@ pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) 
     let seconds = |time: Duration| time.as_secs_f64().ceil().min(32_767.0) as c_int;
     set(SOL_SOCKET, SO_KEEPALIVE, 1);
     set(IPPROTO_TCP, TCP_KEEPIDLE, seconds(idle));
-    // The first probe that finds the peer silent for `patience` is the last one.
+    // With TCP_USER_TIMEOUT no number of probes is looked at: the first one comes after `idle`, and the next, when
+    // `patience` is over, finds the peer dead.
     set(IPPROTO_TCP, TCP_KEEPINTVL, seconds(patience));
     // `as` stops at the largest int, 24 days.
     let millis = (patience.as_secs_f64() * 1000.0).ceil() as c_int;
