@@ -4,7 +4,8 @@
 //! have gone to somebody else: drain, signal, reap.
 
 use crate::refusal::{self, Refusal, error_text, shown};
-use crate::{processes, processes::Process, sys};
+use crate::sys::{self, EMFILE, ENAMETOOLONG, ENFILE};
+use crate::{processes, processes::Process};
 use std::os::{fd::OwnedFd, unix::ffi::OsStrExt, unix::process::CommandExt};
 use std::process::{self, ChildStdin, Command, ExitStatus, Stdio};
 use std::{ffi::OsStr, fs::File, io::Error, thread};
@@ -18,17 +19,12 @@ pub struct Child {
     family: Vec<Process>,
 }
 
-/// The server's ends of a command's pipes.
-pub struct Pipes {
-    /// Where the command is fed.
-    pub stdin: Option<ChildStdin>,
-    /// Its stdout and its stderr, as in `output::SOURCES`.
-    pub outputs: [File; 2],
-}
+type Started = (Child, [File; 2], Option<ChildStdin>);
 
 impl Child {
-    /// Starts a command, of at least one word, in a process group of its own.
-    pub fn start(words: &[Vec<u8>], is_fed: bool) -> Result<(Child, Pipes), Refusal> {
+    /// Starts a command, of at least one word, in a process group of its own. Returns also the server's ends of its
+    /// pipes: stdout and stderr, and stdin where it is fed.
+    pub fn start(words: &[Vec<u8>], is_fed: bool) -> Result<Started, Refusal> {
         let words: Vec<&OsStr> = words.iter().map(|word| OsStr::from_bytes(word)).collect();
         // std starts it by posix_spawn(3) as long as no user, no directory, no environment and no code of our own is
         // set here. Otherwise it would fork the whole server, which costs two to three times as much, and then call
@@ -46,51 +42,39 @@ impl Child {
         let stderr = OwnedFd::from(process.stderr.take().expect("stderr is a pipe"));
         let stdin = process.stdin.take();
         let child = Child { pid: process.id(), process: Some(process), family: Vec::new() };
-        Ok((child, Pipes { stdin, outputs: [stdout.into(), stderr.into()] }))
+        Ok((child, [stdout.into(), stderr.into()], stdin))
     }
 
-    /// Whether the leader has exited.
-    pub fn has_exited(&self) -> bool {
-        // Where the question fails, it would go on failing, and must not keep the run for ever.
-        sys::has_exited(self.pid).unwrap_or(true)
-    }
-
-    /// Asks the command, and all that it started, to end.
-    pub fn terminate(&mut self) {
-        self.stop();
-        self.signal(sys::SIGTERM);
-        self.signal(sys::SIGCONT);
-    }
-
-    /// Kills the command, and all that it started.
-    pub fn kill(&mut self) {
-        self.stop();
-        self.signal(sys::SIGKILL);
-    }
-
-    /// Finds all that the command started, and stops it: otherwise what is just being started would not be found, and
-    /// when its parent has ended, nothing tells any more whose it is. What has called setsid(2) is left alone, and
-    /// what has both a group of its own and lost its parent before.
-    fn stop(&mut self) {
-        let mut found = 0;
-        loop {
+    /// Sends signals to the command and to all that it started, stopped before: otherwise what is just being started
+    /// would not be found, and when its parent has ended, nothing tells any more whose it is. What has called
+    /// setsid(2) is left alone, and what is in a group of its own and lost its parent before.
+    pub fn signal(&mut self, signals: &[i32]) {
+        let mut is_more_found = true;
+        while is_more_found {
+            let found = self.family.len();
             self.find_family();
-            self.signal(sys::SIGSTOP);
-            // What was started between the two calls is found by the next round.
-            if self.family.len() <= found {
-                return;
-            }
-            found = self.family.len();
+            self.send(sys::SIGSTOP);
+            // What was started between these two calls is found by the next round.
+            is_more_found = self.family.len() > found;
+        }
+        for signal in signals {
+            self.send(*signal);
         }
     }
 
     /// Sends a signal to the command's group, and to those found outside of it one by one: another group could
     /// hold anybody.
-    fn signal(&self, signal: i32) {
-        sys::send_group(self.pid, signal);
-        for stray in self.family.iter().filter(|process| process.group != self.pid) {
-            sys::send(stray.pid, signal);
+    ///
+    /// A group that is left without a parent in its session while a process in it is stopped gets SIGHUP from the
+    /// kernel (exit(3)). So in another's group nobody is stopped, and SIGCONT goes to children before their parents.
+    fn send(&self, signal: i32) {
+        for stray in self.family.iter().rev().filter(|process| process.group != self.pid) {
+            let is_own_group = self.family.iter().any(|leader| leader.pid == stray.group);
+            if is_own_group || signal != sys::SIGSTOP {
+                sys::send(stray.pid, signal);
+            }
         }
+        sys::send_group(self.pid, signal);
     }
 
     /// Whether of the command, which has exited, and of all that it started nobody lives any more. Without /proc
@@ -113,7 +97,7 @@ impl Child {
     /// to be had, it stays a zombie until the server ends.
     pub fn reap(&mut self) -> Option<ExitStatus> {
         let mut process = self.process.take()?;
-        if self.has_exited() {
+        if sys::has_exited(self.pid) {
             return process.wait().ok();
         }
         let _ = thread::Builder::new().spawn(move || process.wait());
@@ -123,7 +107,7 @@ impl Child {
     /// Kills and reaps one that has not been reaped.
     pub fn end(&mut self) {
         if let Some(mut process) = self.process.take() {
-            self.kill();
+            self.signal(&[sys::SIGKILL]);
             let _ = process.wait();
         }
     }
@@ -131,15 +115,12 @@ impl Child {
 
 fn why_not_started(error: &Error, program: &OsStr) -> Refusal {
     use std::io::ErrorKind::{NotADirectory, NotFound, OutOfMemory, WouldBlock};
-    // errno(3). Rust 1.85 has no word for it.
-    const ENAMETOOLONG: Option<i32> = Some(36);
     let program = shown(program.as_bytes());
-    match error.kind() {
-        WouldBlock | OutOfMemory => refusal::BUSY.about("process"),
-        _ if sys::is_out_of_descriptors(error) => refusal::BUSY.about("descriptor"),
+    match (error.kind(), error.raw_os_error()) {
+        (WouldBlock | OutOfMemory, _) => refusal::BUSY.about("process"),
+        (_, ENFILE | EMFILE) => refusal::BUSY.about("descriptor"),
         // What the search along PATH says where it finds nothing.
-        NotFound | NotADirectory => refusal::no_program(&program),
-        _ if error.raw_os_error() == ENAMETOOLONG => refusal::no_program(&program),
+        (NotFound | NotADirectory, _) | (_, ENAMETOOLONG) => refusal::no_program(&program),
         _ => refusal::cannot_run(&program, &error_text(error)),
     }
 }

@@ -1,4 +1,4 @@
-//! The command line, as what each room below is told.
+//! The command line: what each module below is told.
 
 use crate::refusal::{error_text, shown};
 use crate::{policy::Allowed, policy::Rules, run::Limits};
@@ -17,7 +17,7 @@ pub struct Config {
 /// something that it asks for and that cannot be had.
 pub struct Exit(pub u8, pub String);
 
-/// The number is Cargo.toml's, which a build by rustc alone does not see.
+/// Cargo.toml's version, by hand: a build by rustc alone has no `CARGO_PKG_VERSION`.
 pub const VERSION: &str = "ssecommander 0.1.0\n";
 
 impl Config {
@@ -39,8 +39,8 @@ impl Config {
                 // What follows an --allow may be the rest of its command line.
                 let quote = "; after --allow, quote the whole command line";
                 let hint = if config.rules.allowed.is_empty() { "" } else { quote };
-                let line = format!("{argument}: {what}{hint}; see --help");
-                return Err(Exit(2, shown(line.as_bytes())));
+                let argument = shown(argument.as_bytes());
+                return Err(Exit(2, format!("{argument}: {what}{hint}; see --help")));
             }
         }
         if let Some(path) = &config.token_file {
@@ -50,9 +50,8 @@ impl Config {
         let is_exposed = !config.address().ip().to_canonical().is_loopback();
         let admits_any_page = config.rules.origins.iter().any(|origin| origin == "*");
         if (is_exposed || admits_any_page) && config.rules.token.is_none() && !config.no_token {
-            let remedy = "give --token-file, or --no-token if that is meant";
             let danger = format!("anybody, or any page, could call {}", config.address());
-            return Err(Exit(1, format!("{danger}; {remedy}")));
+            return Err(Exit(1, format!("{danger}; give --token-file, or --no-token if meant")));
         }
         Ok(config)
     }

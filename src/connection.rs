@@ -3,11 +3,11 @@
 use crate::log::{self, quoted, quoted_as_sent};
 use crate::pipes::{TICK, is_passing};
 use crate::refusal::{self, Refusal, ensure};
-use crate::request::{FormFields, Request, form_fields, percent_decode};
+use crate::request::{FormFields, Request, command_of, form_fields, percent_decode};
 use crate::response::{CONTINUE, Context, NO_CONTENT, PAGE, PAGE_FIELDS, PLAIN, USAGE};
-use crate::{output::Stream, policy, policy::Rules, run, run::Limits, sys};
+use crate::{output::Stream, policy::Rules, run, run::Client, sys};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
+use std::net::{IpAddr, Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 /// Each of three has so long, however it trickles: the first byte of a request, the rest of its head, its form.
@@ -18,12 +18,8 @@ const LINGER_TIME: Duration = Duration::from_secs(2);
 const BUFFER: usize = 1 << 10;
 
 /// Serves a client until it or the server ends the connection, or the connection fails.
-pub fn serve(
-    socket: &TcpStream,
-    peer: SocketAddr,
-    rules: &Rules,
-    limits: &Limits,
-) -> io::Result<()> {
+pub fn serve(client: Client, rules: &Rules) -> io::Result<()> {
+    let Client { socket, limits, .. } = client;
     let local = socket.local_addr()?.ip().to_canonical();
     // Each wait is a tick, so that whoever waits sees what else has happened.
     socket.set_read_timeout(Some(TICK))?;
@@ -32,19 +28,17 @@ pub fn serve(
     socket.set_nodelay(true)?;
     sys::notice_dead_peer(socket, limits.heartbeat, limits.stall);
     let input = BufReader::with_capacity(BUFFER, Input { socket, deadline: Instant::now() });
-    let mut connection = Connection { socket, peer, local, rules, limits, input };
+    let mut connection = Connection { client, local, rules, input };
     while connection.has_request()? && connection.exchange() {}
     connection.linger();
     Ok(())
 }
 
 struct Connection<'a> {
-    socket: &'a TcpStream,
-    peer: SocketAddr,
+    client: Client<'a>,
     /// The address that it came in on.
     local: IpAddr,
     rules: &'a Rules,
-    limits: &'a Limits,
     input: BufReader<Input<'a>>,
 }
 
@@ -61,7 +55,7 @@ impl Read for Input<'_> {
 }
 
 /// Repeats a call that waits for a tick, until it has done something, or the server ends. Fails with `TimedOut`
-/// where the deadline has passed, also for who sends a byte now and then.
+/// once the deadline has passed.
 fn try_until(deadline: Instant, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     while Instant::now() < deadline {
         match call() {
@@ -117,32 +111,33 @@ impl Connection<'_> {
     /// Runs a command, which is in the query, or in the content, a form.
     fn run(&mut self, request: &mut Request) -> Result<(), Refusal> {
         let (_, query) = request.path_and_query();
-        let mut fields = form_fields(query.as_bytes())?;
-        if policy::is_reconnect(request, &fields) {
+        let fields = form_fields(query.as_bytes())?;
+        if request.is_reconnect(&fields) {
             // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
             return self.write(&Context { request, rules: self.rules }.head(NO_CONTENT, ""));
         }
-        let has_no_command = fields.iter().all(|(name, _)| policy::is_of_reconnect(name));
-        if request.method == "POST" && has_no_command {
-            fields = self.read_form(request)?;
+        let mut command = command_of(fields)?;
+        if request.method == "POST" && command.is_none() {
+            command = command_of(self.read_form(request)?)?;
         }
-        let command = policy::command_of(fields)?;
+        let command = command.ok_or(refusal::COMMAND)?;
         let words = self.rules.admit(&command)?;
         let head = Context { request, rules: self.rules }.stream_head();
         if request.method == "HEAD" {
             return self.write(&head);
         }
-        // The content, unless it was the form, is the command's standard input. (An empty form feeds nothing.)
+        // The content, unless it was the form, is the command's standard input. What has come of it with the head is
+        // left in the buffer, as no request follows it.
         let length = request.content_length;
         let is_fed = request.method == "POST" && request.form.is_empty() && length > 0;
         let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
         let (is_events, is_chunked) = (request.wants_events(), request.minor_version > 0);
         let stream = Stream::new(is_events, is_chunked, [interim.as_bytes(), &head].concat());
-        let content = self.input.buffer().chain(self.socket).take(length);
+        let content = self.input.buffer().chain(self.client.socket).take(length);
         let content = if is_fed { Some(content) } else { None };
         let text = quoted_as_sent(&command, &words.join(&b' '));
-        match run::run(&text, &words, content, self.socket, self.peer, self.limits, stream) {
-            // There is no such program, or it cannot be run.
+        match run::run(&text, &words, content, self.client, stream) {
+            // There is no such program (404), or it cannot be run (403): as events, a stream that says so.
             Err(refusal) if is_events && matches!(refusal.status, 403 | 404) => {
                 self.fail(&refusal, &text, Stream::new(true, is_chunked, head))
             }
@@ -152,7 +147,7 @@ impl Connection<'_> {
 
     /// Reads the form that holds the command.
     fn read_form(&mut self, request: &mut Request) -> Result<FormFields, Refusal> {
-        policy::check_form(request)?;
+        request.check_form()?;
         if request.expects_continue() {
             self.write(CONTINUE.as_bytes())?;
         }
@@ -169,16 +164,15 @@ impl Connection<'_> {
         let code = if why.status == 404 { 127 } else { 126 };
         stream.error(&why.text);
         let numbers = stream.exit("failed", Some(code), None, 0);
-        let (peer, why) = (self.peer, quoted(why.text.as_bytes()));
-        log::line(format_args!(
-            "exit peer={peer} pid=0 command={command} out=failed{numbers} why={why}"
-        ));
+        let (peer, why) = (self.client.peer, quoted(why.text.as_bytes()));
+        let asked = format!("peer={peer} pid=0 command={command}");
+        log::line(format_args!("exit {asked} out=failed{numbers} why={why}"));
         self.write(&stream.unsent)
     }
 
     /// Refuses a request, and logs what was asked for: by the target, or by the form that was read.
     fn refuse(&self, request: &Request, refusal: &Refusal) -> Result<(), Refusal> {
-        let (peer, status) = (self.peer, refusal.status);
+        let (peer, status) = (self.client.peer, refusal.status);
         let target = request.target.as_bytes();
         let mut asked = quoted_as_sent(target, &percent_decode(target).0);
         if !request.form.is_empty() {
@@ -194,9 +188,9 @@ impl Connection<'_> {
 
     /// Writes an answer whole, unless the client is gone, or does not read.
     fn write(&self, mut bytes: &[u8]) -> Result<(), Refusal> {
-        let mut socket = self.socket;
+        let Client { mut socket, limits, .. } = self.client;
         while !bytes.is_empty() {
-            let written = try_until(Instant::now() + self.limits.stall, || socket.write(bytes));
+            let written = try_until(Instant::now() + limits.stall, || socket.write(bytes));
             let length = written.map_err(|_| refusal::GONE)?;
             bytes = &bytes[length..];
         }
@@ -207,9 +201,8 @@ impl Connection<'_> {
     /// can overtake the answer and have it thrown away (RFC 9112 section 9.6). So the server says that nothing
     /// more comes, and reads what still does, for a moment.
     fn linger(&mut self) {
-        let _ = self.socket.shutdown(Shutdown::Write);
+        let _ = self.client.socket.shutdown(Shutdown::Write);
         self.allow(LINGER_TIME);
-        let mut scratch = [0; 4096];
-        while self.input.get_mut().read(&mut scratch).is_ok_and(|length| length > 0) {}
+        let _ = io::copy(self.input.get_mut(), &mut io::sink());
     }
 }

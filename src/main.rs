@@ -48,10 +48,9 @@ fn start() -> Result<(), Exit> {
     // Made into text with losses, an argument could name another file, or admit another command.
     let args: Result<Vec<_>, _> = env::args_os().skip(1).map(OsString::into_string).collect();
     let args = args.map_err(|wrong| Exit(2, format!("{wrong:?} is not UTF-8; see --help")))?;
-    // These stand alone.
-    let text = match args.join(" ").as_str() {
-        "-h" | "--help" => response::USAGE,
-        "-V" | "--version" => VERSION,
+    let text = match &args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["-h" | "--help"] => response::USAGE,
+        ["-V" | "--version"] => VERSION,
         _ => {
             let config = Config::parse(&args)?;
             let url = format!("http://{}", config.address());
@@ -78,6 +77,7 @@ fn serve(config: Config) -> io::Result<()> {
         let _ = writeln!(io::stdout(), "ssecommander listening on http://{address}");
     })?;
     server::serve(listener, config)?;
+    // The log's thread still has lines to write.
     thread::sleep(log::LAST_MOMENT);
     Ok(())
 }

@@ -7,8 +7,7 @@
 
 use crate::sys::{self, POLLIN, POLLOUT};
 use std::io::{Chain, Error, ErrorKind, Read, Take, Write};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
-use std::sync::mpsc::SyncSender;
+use std::sync::{atomic::AtomicBool, atomic::Ordering::SeqCst, mpsc::SyncSender};
 use std::{fs::File, net::TcpStream, process::ChildStdin, time::Duration};
 
 /// What a connection's thread waits for anything, before it sees what else has happened: times are kept to
@@ -17,9 +16,8 @@ pub const TICK: Duration = Duration::from_millis(100);
 /// What a reader waits, before it sees whether the run is over. Mostly a pipe's end wakes it before; it matters
 /// only for a pipe that somebody else keeps open, and a silent stream is to cost few wake-ups.
 const READ_TICK: Duration = Duration::from_millis(500);
-/// Of a read: the first, which is enough for most commands, and the largest, for a flood.
-const FIRST_READ: usize = 4 << 10;
-const LARGEST_READ: usize = 32 << 10;
+/// Of a read.
+const BUFFER: usize = 32 << 10;
 /// The most that a pipe holds unless root says otherwise (pipe(7)).
 const MOST_IN_PIPE: usize = 1 << 20;
 
@@ -27,22 +25,15 @@ const MOST_IN_PIPE: usize = 1 << 20;
 pub enum Message {
     /// Output, from which of `output::SOURCES`.
     Output(usize, Vec<u8>),
-    /// No more output comes, from none of them.
+    /// No more comes from one of them.
     Ended,
     /// The content ended before its length did. The command's input is kept open, so that it does not take
     /// the part for the whole.
     BrokeOff(ChildStdin),
 }
 
-/// What a run and its threads share.
-pub struct Shared {
-    /// How the threads tell the run something.
-    pub messages: SyncSender<Message>,
-    /// How many of stdout and stderr have not ended.
-    pub open_outputs: AtomicUsize,
-    /// The run waits for nothing any more.
-    pub is_over: AtomicBool,
-}
+/// How they tell it.
+pub type Sender = SyncSender<Message>;
 
 /// A request's content: what came with the head, and the rest from the socket, whose reads time out after a
 /// tick; as much as its length says.
@@ -50,51 +41,42 @@ pub type Content<'a> = Take<Chain<&'a [u8], &'a TcpStream>>;
 
 /// Reads a pipe to its end. Once the run is over, only what is in it at that moment: what a process that has got
 /// away goes on writing is not waited for.
-pub fn read(mut pipe: File, source: usize, shared: &Shared) {
+pub fn read(mut pipe: File, source: usize, messages: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&pipe);
-    let mut size = FIRST_READ;
     let mut rest = MOST_IN_PIPE;
     while rest > 0 {
-        let is_over = shared.is_over.load(SeqCst);
-        if !is_over && sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 {
+        let is_last = is_over.load(SeqCst);
+        if !is_last && sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 {
             continue;
         }
         // Made now, so that a stream costs none while it is silent.
-        let mut buffer = vec![0; size];
+        let mut buffer = vec![0; BUFFER];
         match pipe.read(&mut buffer) {
             Ok(0) => break,
             Ok(length) => {
-                if length == size {
-                    size = LARGEST_READ.min(size * 2);
-                }
-                if is_over {
-                    rest = rest.saturating_sub(length);
-                }
+                rest = rest.saturating_sub(if is_last { length } else { 0 });
                 buffer.truncate(length);
                 // Fails where nobody receives any more: a run that panicked.
-                let _ = shared.messages.send(Message::Output(source, buffer));
+                let _ = messages.send(Message::Output(source, buffer));
             }
             // Nothing is in the pipe.
-            Err(error) if is_passing(&error) && !is_over => {}
+            Err(error) if is_passing(&error) && !is_last => {}
             Err(_) => break,
         }
     }
-    // One message for both, as the run is woken by each.
-    if shared.open_outputs.fetch_sub(1, SeqCst) == 1 {
-        let _ = shared.messages.send(Message::Ended);
-    }
+    let _ = messages.send(Message::Ended);
 }
 
 /// Copies content to a command's standard input, and closes it behind the last byte. What a command that has
 /// closed its input does not want is read all the same: unread, it would hide that the client leaves.
-pub fn feed(mut content: Content, mut stdin: ChildStdin, shared: &Shared) {
+pub fn feed(mut content: Content, mut stdin: ChildStdin, messages: &Sender, is_over: &AtomicBool) {
     sys::set_nonblocking(&stdin);
-    let mut buffer = vec![0; LARGEST_READ];
-    while content.limit() > 0 && !shared.is_over.load(SeqCst) {
+    let mut buffer = vec![0; BUFFER];
+    while content.limit() > 0 && !is_over.load(SeqCst) {
         match content.read(&mut buffer) {
             Err(error) if is_passing(&error) => {}
-            Ok(0) | Err(_) => return drop(shared.messages.send(Message::BrokeOff(stdin))),
-            Ok(length) => write_all(&mut stdin, &buffer[..length], &shared.is_over),
+            Ok(0) | Err(_) => return drop(messages.send(Message::BrokeOff(stdin))),
+            Ok(length) => write_all(&mut stdin, &buffer[..length], is_over),
         }
     }
 }

@@ -4,11 +4,8 @@
 //! browser adds, which the rules look at, and it cannot know a token.
 
 use crate::refusal::{self, Refusal, ensure, shown};
-use crate::{request::FormFields, request::Request, words};
+use crate::{request::Request, words};
 use std::{hint::black_box, net::IpAddr, net::SocketAddr};
-
-const FORM_TYPE: &str = "application/x-www-form-urlencoded";
-const LARGEST_FORM: u64 = 64 << 10;
 
 /// What the options say about callers and commands.
 #[derive(Default)]
@@ -106,11 +103,9 @@ impl Allowed {
     /// with any further arguments. A star that is quoted is one, as is one that is all there is.
     pub fn parse(text: &str) -> Result<Allowed, Refusal> {
         let mut words = words::split(text.as_bytes())?;
-        let start = text.strip_suffix(" *").or(text.strip_suffix("\t*")).unwrap_or_default();
-        // The blank may belong to a word, by a quote or a backslash; then so does the star. Where there is no such
-        // end, `start` is empty, which has no words.
-        let is_open =
-            words::split(start.as_bytes()).is_ok_and(|start| start == words[..words.len() - 1]);
+        // Quoted, or with its blank a part of a word, the star is not the text's end, or no word by itself.
+        let is_last_word = words.len() > 1 && words.last().is_some_and(|word| word == b"*");
+        let is_open = is_last_word && (text.ends_with(" *") || text.ends_with("\t*"));
         if is_open {
             words.pop();
         }
@@ -124,42 +119,7 @@ impl Allowed {
 
 /// Whether the origin is this server's own, by the name that the request has for it.
 fn is_own(origin: &str, request: &Request) -> bool {
-    let host = origin.strip_prefix("http://");
-    host.is_some() && host == request.field("host")
-}
-
-/// Whether the request asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill;
-/// or the rest of an answer that broke off, for which wget asks by `Range`.
-pub fn is_reconnect(request: &Request, query: &FormFields) -> bool {
-    let has_id = request.field("last-event-id").is_some_and(|id| !id.is_empty());
-    let has_polyfill_s = query.iter().any(|(name, id)| is_of_reconnect(name) && !id.is_empty());
-    has_id || has_polyfill_s || request.field("range").is_some()
-}
-
-/// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
-pub fn is_of_reconnect(name: &[u8]) -> bool {
-    matches!(name, b"lastEventId" | b"evs_last_event_id")
-}
-
-/// Whether the content can be the form that holds the command. None at all counts as an empty one.
-pub fn check_form(request: &Request) -> Result<(), Refusal> {
-    let value = request.field("content-type").unwrap_or(FORM_TYPE);
-    let (media_type, _) = value.split_once(';').unwrap_or((value, ""));
-    ensure(media_type.trim_ascii().eq_ignore_ascii_case(FORM_TYPE), refusal::FORM)?;
-    ensure(request.content_length <= LARGEST_FORM, refusal::LONG_FORM)
-}
-
-/// The one `command` of a query or form.
-pub fn command_of(fields: FormFields) -> Result<Vec<u8>, Refusal> {
-    let mut command = None;
-    for (name, value) in fields {
-        if name == b"command" {
-            ensure(command.replace(value).is_none(), refusal::COMMAND)?;
-        } else if !is_of_reconnect(&name) {
-            return Err(refusal::OTHER_FIELD.about(&shown(&name)));
-        }
-    }
-    command.ok_or(refusal::COMMAND)
+    origin.strip_prefix("http://").is_some_and(|host| request.field("host") == Some(host))
 }
 
 /// In a time that does not tell how much of it was right. The length of a token is no secret.

@@ -3,7 +3,7 @@
 //! Read only when something is to be killed: to find what a command started outside its process group,
 //! and all that is left of the server's session once the server has ended.
 
-use crate::sys;
+use crate::sys::{EMFILE, ENFILE};
 use std::sync::{Mutex, PoisonError};
 use std::{collections::HashSet, fs, io, process, time::Instant};
 
@@ -49,7 +49,7 @@ fn read_all() -> io::Result<Vec<Process>> {
     for folder in fs::read_dir("/proc")? {
         match fs::read(folder?.path().join("stat")) {
             Ok(stat) => processes.extend(parse(&String::from_utf8_lossy(&stat))),
-            Err(error) if sys::is_out_of_descriptors(&error) => return Err(error),
+            Err(error) if matches!(error.raw_os_error(), ENFILE | EMFILE) => return Err(error),
             // Not every folder is a process, and a process may have ended since.
             Err(_) => {}
         }
@@ -62,20 +62,15 @@ fn read_all() -> io::Result<Vec<Process>> {
 pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
     let session = process::id();
     processes.retain(|process| process.session == session);
-    // A number may have gone to another process since; a number with a start time has not.
-    let is_known = |process: &Process| {
-        known.iter().any(|old| (old.pid, old.start) == (process.pid, process.start))
-    };
-    let (mut newest, mut others): (Vec<_>, Vec<_>) = processes
-        .into_iter()
-        .partition(|process| process.pid == leader || process.group == leader || is_known(process));
-    // A generation each time round.
+    let is_known = |p: &Process| known.iter().any(|k| (k.pid, k.start) == (p.pid, p.start));
+    let (mut newest, mut others): (Vec<_>, Vec<_>) =
+        processes.into_iter().partition(|p| p.pid == leader || p.group == leader || is_known(p));
+    // One generation after the other.
     let mut family = Vec::new();
     while !newest.is_empty() {
-        let parents: HashSet<u32> = newest.iter().map(|process| process.pid).collect();
+        let parents: HashSet<u32> = newest.iter().map(|p| p.pid).collect();
         family.append(&mut newest);
-        (newest, others) =
-            others.into_iter().partition(|process| parents.contains(&process.parent));
+        (newest, others) = others.into_iter().partition(|p| parents.contains(&p.parent));
     }
     family
 }

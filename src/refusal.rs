@@ -103,8 +103,7 @@ pub fn shown(bytes: &[u8]) -> String {
 /// The system's words for an error, without the number that std puts behind them.
 pub fn error_text(error: &Error) -> String {
     let text = error.to_string();
-    let (words, _) = text.split_once(" (os error").unwrap_or((&text, ""));
-    words.to_string()
+    text.split(" (os error").next().unwrap_or_default().to_string()
 }
 
 #[cfg(test)]

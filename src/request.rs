@@ -1,7 +1,8 @@
 //! HTTP/1.x requests by the strict grammar of RFC 9112: what it does not allow is refused, never mended,
-//! since two programs that mend a message in different ways are how requests are smuggled.
+//! since two programs that mend a message in different ways are how requests are smuggled. Of what it allows,
+//! content in chunks and targets that are no path are not taken.
 
-use crate::refusal::{self, Refusal, ensure};
+use crate::refusal::{self, Refusal, ensure, shown};
 use std::{collections::BTreeMap, io::BufRead, io::Read, io::Take};
 
 /// The longest request line, without its CRLF: room for a long command, percent-encoded.
@@ -9,6 +10,8 @@ const LONGEST_LINE: u64 = 8 << 10;
 /// The longest head, from the request line to the empty line.
 const LONGEST_HEAD: u64 = 16 << 10;
 const MOST_FIELDS: usize = 100;
+const LARGEST_FORM: u64 = 64 << 10;
+const FORM_TYPE: &str = "application/x-www-form-urlencoded";
 
 /// What was sent, and nothing that was decided about it.
 #[derive(Default)]
@@ -38,6 +41,7 @@ impl Request {
             line = read_line(&mut head, refusal::LONG_LINE)?;
         }
         self.parse_line(&line)?;
+        // What is left to the head, of which the line and its CRLF are a part.
         head.set_limit(LONGEST_HEAD - line.len() as u64 - 2);
         // The empty line is one more.
         for _ in 0..=MOST_FIELDS {
@@ -75,8 +79,7 @@ impl Request {
 
     /// Plain text is sent only where `Accept` names it, and neither `text/event-stream` nor `*/*`.
     pub fn wants_events(&self) -> bool {
-        let admits_events = self.accepts("text/event-stream") || self.accepts("*/*");
-        admits_events || !self.accepts("text/plain")
+        self.accepts("text/event-stream") || self.accepts("*/*") || !self.accepts("text/plain")
     }
 
     /// Whether the client waits to be told before it sends its content (RFC 9110 section 10.1.1).
@@ -92,12 +95,30 @@ impl Request {
         closes || self.minor_version == 0 || self.content_length > 0 || !self.is_understood
     }
 
-    /// RFC 9112 section 3; of the targets only a path.
+    /// Whether it asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill; or the
+    /// rest of an answer that broke off, for which wget asks by `Range`.
+    pub fn is_reconnect(&self, query: &FormFields) -> bool {
+        let has_id = self.field("last-event-id").is_some_and(|id| !id.is_empty());
+        let has_id_in_query = query.iter().any(|(name, id)| is_event_id(name) && !id.is_empty());
+        has_id || has_id_in_query || self.field("range").is_some()
+    }
+
+    /// Whether the content can be the form that holds the command. None at all counts as an empty one.
+    pub fn check_form(&self) -> Result<(), Refusal> {
+        let value = self.field("content-type").unwrap_or(FORM_TYPE);
+        let (media_type, _) = value.split_once(';').unwrap_or((value, ""));
+        ensure(media_type.trim_ascii().eq_ignore_ascii_case(FORM_TYPE), refusal::FORM)?;
+        ensure(self.content_length <= LARGEST_FORM, refusal::LONG_FORM)
+    }
+
+    /// RFC 9112 section 3; of the targets only a path. It may hold characters that RFC 3986 has escaped, since
+    /// browsers and people send some of them as they are; but not `#`, behind which others would cut it.
     fn parse_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let line = std::str::from_utf8(line).map_err(|_| refusal::LINE)?;
         let parts: Vec<&str> = line.split(' ').collect();
         let [method, target, version] = parts[..] else { return Err(refusal::LINE) };
-        let is_path = target.starts_with('/') && target.bytes().all(|byte| byte.is_ascii_graphic());
+        let is_of_target = |c: char| c.is_ascii_graphic() && c != '#';
+        let is_path = target.starts_with('/') && target.chars().all(is_of_target);
         ensure(is_token(method) && is_path, refusal::LINE)?;
         self.minor_version = match version.strip_prefix("HTTP/").map(str::as_bytes) {
             Some([b'1', b'.', minor @ b'0'..=b'9']) => minor - b'0',
@@ -165,8 +186,8 @@ fn is_token(text: &str) -> bool {
 /// Names and values, decoded.
 pub type FormFields = Vec<(Vec<u8>, Vec<u8>)>;
 
-/// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1). What
-/// stands between two `&` is a field, even nothing.
+/// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but what
+/// stands between two `&` is a field here even where it is nothing).
 pub fn form_fields(form: &[u8]) -> Result<FormFields, Refusal> {
     let mut fields = Vec::new();
     if form.is_empty() {
@@ -182,6 +203,24 @@ pub fn form_fields(form: &[u8]) -> Result<FormFields, Refusal> {
         fields.push((name, value));
     }
     Ok(fields)
+}
+
+/// The one `command` of a query or form, if there is any.
+pub fn command_of(fields: FormFields) -> Result<Option<Vec<u8>>, Refusal> {
+    let mut command = None;
+    for (name, value) in fields {
+        if name == b"command" {
+            ensure(command.replace(value).is_none(), refusal::COMMAND)?;
+        } else if !is_event_id(&name) {
+            return Err(refusal::OTHER_FIELD.about(&shown(&name)));
+        }
+    }
+    Ok(command)
+}
+
+/// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
+fn is_event_id(name: &[u8]) -> bool {
+    matches!(name, b"lastEventId" | b"evs_last_event_id")
 }
 
 /// Decodes percent-escapes. A malformed one stands for itself; returns also whether there was none.

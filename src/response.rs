@@ -33,8 +33,8 @@ pub struct Context<'a> {
 impl Context<'_> {
     /// An answer with content, or for HEAD without it; `fields` say what it is.
     pub fn whole(&self, status: &str, fields: &str, content: &[u8]) -> Vec<u8> {
-        let length = content.len();
-        let mut answer = self.head(status, &format!("{fields}Content-Length: {length}\r\n"));
+        let fields = format!("{fields}Content-Length: {}\r\n", content.len());
+        let mut answer = self.head(status, &fields);
         if self.request.method != "HEAD" {
             answer.extend_from_slice(content);
         }
@@ -59,11 +59,9 @@ impl Context<'_> {
         let is_events = self.request.wants_events();
         let mut fields = String::from(if is_events { EVENTS } else { PLAIN });
         fields += "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
+        let trailer = if is_events { "" } else { "Trailer: Exit-Code, Exit-Signal\r\n" };
         if self.request.minor_version > 0 {
-            fields += "Transfer-Encoding: chunked\r\n";
-            if !is_events {
-                fields += "Trailer: Exit-Code, Exit-Signal\r\n";
-            }
+            fields += &format!("Transfer-Encoding: chunked\r\n{trailer}");
         }
         self.head("200 OK", &fields)
     }

@@ -7,7 +7,7 @@
 //! thread goes on in turns; a turn waits for messages for a tick at the most, and for the client for another, so
 //! nothing that a command does to its pipes can hold this thread.
 
-use crate::pipes::{self, Content, Message, Shared, TICK, is_passing};
+use crate::pipes::{self, Content, Message, TICK, is_passing};
 use crate::refusal::{self, Refusal, ensure};
 use crate::sys::{self, POLLERR, POLLHUP, POLLIN, POLLRDHUP};
 use crate::{child::Child, log, log::quoted, output::SOURCES, output::Stream};
@@ -26,6 +26,8 @@ const ENOUGH: usize = 64 << 10;
 const QUIET_TURNS: u32 = 3;
 /// A leader that was sent SIGKILL is dead by then, or cannot be killed.
 const KILL_TIME: Duration = Duration::from_secs(1);
+/// By so much each wait for a leader to exit, whose outputs have ended, is longer than the one before.
+const EXIT_WAIT: Duration = Duration::from_micros(50);
 /// How long a client that takes nothing can hold up the server's end.
 const LAST_STALL: Duration = Duration::from_millis(700);
 /// Of a thread that reads or feeds: its buffers are on the heap.
@@ -47,6 +49,16 @@ pub struct Limits {
     pub verbose: bool,
 }
 
+/// Whom a command is run for.
+#[derive(Clone, Copy)]
+pub struct Client<'a> {
+    /// Its reads and writes time out after a tick.
+    pub socket: &'a TcpStream,
+    /// As `accept` gave it.
+    pub peer: SocketAddr,
+    pub limits: &'a Limits,
+}
+
 /// Commands that run.
 pub static RUNNING: AtomicUsize = AtomicUsize::new(0);
 /// Whether the server's end waits for no command any longer.
@@ -61,41 +73,37 @@ impl Drop for Place {
     }
 }
 
-/// Starts a command, feeds it `content`, if it is to have any, streams it to `socket`, whose reads and writes
-/// time out after a tick, and sees to its end. `command` is its command line as the log has it. It is refused
-/// before anything of the stream was sent: where it was not started, or was killed at once since there were no
-/// threads for its pipes. [`refusal::GONE`] is a client that did not get all of it, `exit` included.
+/// Starts a command, feeds it `content`, if it is to have any, streams it to the client, and sees to its end.
+/// `command` is its command line as the log has it. It is refused before anything of the stream was sent: where it
+/// was not started, or was killed at once since there were no threads for its pipes. [`refusal::GONE`] is a client
+/// that did not get all of it, `exit` included.
 pub fn run(
     command: &str,
     words: &[Vec<u8>],
     content: Option<Content>,
-    socket: &TcpStream,
-    peer: SocketAddr,
-    limits: &Limits,
+    client: Client,
     stream: Stream,
 ) -> Result<(), Refusal> {
-    let is_free = RUNNING.fetch_add(1, SeqCst) < limits.max_commands;
+    let is_free = RUNNING.fetch_add(1, SeqCst) < client.limits.max_commands;
     let place = Place;
     ensure(is_free, refusal::BUSY.about("place for one more command"))?;
     let started = Instant::now();
-    let (child, pipes) = Child::start(words, content.is_some())?;
-    log::line(format_args!("run peer={peer} pid={} command={command}", child.pid));
+    let (child, outputs, stdin) = Child::start(words, content.is_some())?;
+    log::line(format_args!("run peer={} pid={} command={command}", client.peer, child.pid));
     let (sender, messages) = sync_channel(CHANNEL);
-    let (open_outputs, is_over) = (AtomicUsize::new(2), AtomicBool::new(false));
-    let shared = &Shared { messages: sender, open_outputs, is_over };
+    let is_over = AtomicBool::new(false);
+    // The sender stays here, too: a wait for a message waits also where the readers have ended. The threads borrow both.
+    let (sender, is_over) = (&sender, &is_over);
     let mut run = Run {
         child,
-        socket,
-        peer,
-        limits,
+        client,
         stream,
         messages,
-        shared,
+        is_over,
         started,
         written: started,
-        has_output: true,
+        open_outputs: 2,
         quiet_turns: 0,
-        exit_wait: Duration::from_micros(25),
         starved: None,
         is_probed: false,
         lost: None,
@@ -103,40 +111,34 @@ pub fn run(
     let done = thread::scope(|scope| -> io::Result<bool> {
         // `spawn` would panic where no thread is to be had.
         let builder = || thread::Builder::new().stack_size(STACK);
-        for (source, pipe) in pipes.outputs.into_iter().enumerate() {
-            builder().spawn_scoped(scope, move || pipes::read(pipe, source, shared))?;
+        for (source, pipe) in outputs.into_iter().enumerate() {
+            builder().spawn_scoped(scope, move || pipes::read(pipe, source, sender, is_over))?;
         }
-        if let (Some(stdin), Some(content)) = (pipes.stdin, content) {
-            builder().spawn_scoped(scope, || pipes::feed(content, stdin, shared))?;
+        if let (Some(stdin), Some(content)) = (stdin, content) {
+            builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
         }
         let why_ended = run.live();
         // Takes the run, which therefore belongs to this closure, and is dropped on every way out of it, before the
         // scope waits for the threads. It tells them to end.
         Ok(run.finish(why_ended, place))
     });
-    match done {
-        Err(_) => Err(refusal::BUSY.about("thread")),
-        Ok(is_complete) => ensure(is_complete, refusal::GONE),
-    }
+    ensure(done.map_err(|_| refusal::BUSY.about("thread"))?, refusal::GONE)
 }
 
 struct Run<'a> {
     child: Child,
-    socket: &'a TcpStream,
-    peer: SocketAddr,
-    limits: &'a Limits,
+    client: Client<'a>,
     stream: Stream,
     messages: Receiver<Message>,
-    shared: &'a Shared,
+    /// Tells the threads that what is not in the pipes by now is not waited for.
+    is_over: &'a AtomicBool,
     started: Instant,
     /// When the client last took something: silence and a stall count from here.
     written: Instant,
-    /// Not both of stdout and stderr have ended.
-    has_output: bool,
-    /// How many turns nothing has come for.
+    /// How many of stdout and stderr have not ended.
+    open_outputs: u32,
+    /// For how many turns no message has come.
     quiet_turns: u32,
-    /// The last wait for a leader to exit whose outputs have ended.
-    exit_wait: Duration,
     /// The command's input, where the request's content ended before its length did.
     starved: Option<ChildStdin>,
     /// Whether a comment was sent to a client that has half-closed.
@@ -157,7 +159,7 @@ impl Drop for Run<'_> {
     /// On every way out, also where a thread could not be started or this one panics, the threads end, and
     /// no command is left.
     fn drop(&mut self) {
-        self.shared.is_over.store(true, SeqCst);
+        self.is_over.store(true, SeqCst);
         self.child.end();
     }
 }
@@ -165,17 +167,18 @@ impl Drop for Run<'_> {
 impl Run<'_> {
     /// A command's life, until nothing more comes of it. Returns the `out` of `exit`, where it was ended.
     fn live(&mut self) -> Option<&'static str> {
-        self.stream.start(self.child.pid, self.limits.heartbeat);
+        let pid = self.child.pid;
+        self.stream.start(pid, self.client.limits.heartbeat);
         let cause = self.follow();
         if let Some(cause) = &cause {
             self.stream.error(cause.text);
             self.end_all();
         }
-        sys::send_group(self.child.pid, sys::SIGKILL);
+        sys::send_group(pid, sys::SIGKILL);
         // What it has printed until now is still read, and sent.
-        self.shared.is_over.store(true, SeqCst);
+        self.is_over.store(true, SeqCst);
         let killed = Instant::now();
-        while self.has_output || (!self.child.has_exited() && killed.elapsed() < KILL_TIME) {
+        while self.open_outputs > 0 || (!sys::has_exited(pid) && killed.elapsed() < KILL_TIME) {
             self.turn();
         }
         cause.and_then(|cause| cause.out)
@@ -184,14 +187,14 @@ impl Run<'_> {
     /// Streams the command until it ends by itself, or there is a cause to end it.
     fn follow(&mut self) -> Option<Cause> {
         let mut cause = None;
-        while cause.is_none() && !self.child.has_exited() {
+        while cause.is_none() && !sys::has_exited(self.child.pid) {
             cause = self.turn();
         }
         // What it left running in its group may print on, until that pauses.
         let exited = Instant::now();
         self.quiet_turns = 0;
-        let is_quiet = |run: &Self| !run.has_output || run.quiet_turns >= QUIET_TURNS;
-        while cause.is_none() && !is_quiet(self) && exited.elapsed() < self.limits.grace {
+        let is_quiet = |run: &Self| run.open_outputs == 0 || run.quiet_turns >= QUIET_TURNS;
+        while cause.is_none() && !is_quiet(self) && exited.elapsed() < self.client.limits.grace {
             cause = self.turn();
         }
         cause
@@ -199,22 +202,23 @@ impl Run<'_> {
 
     /// Asks all that the command started to end, waits until it has, and kills what then is left.
     fn end_all(&mut self) {
-        self.child.terminate();
+        // What is stopped would not notice before SIGCONT.
+        self.child.signal(&[sys::SIGTERM, sys::SIGCONT]);
         let asked = Instant::now();
-        while asked.elapsed() < self.limits.grace && !IS_URGENT.load(SeqCst) {
+        while asked.elapsed() < self.client.limits.grace && !IS_URGENT.load(SeqCst) {
             // What has just printed lives; only then is /proc read. (An open pipe says nothing: it may be held by who
             // has left the session.)
-            if self.quiet_turns > 0 && self.child.has_exited() && self.child.is_dead() {
+            if self.quiet_turns > 0 && sys::has_exited(self.child.pid) && self.child.is_dead() {
                 return;
             }
             self.turn();
         }
-        self.child.kill();
+        self.child.signal(&[sys::SIGKILL]);
     }
 
     /// Why the command is to end.
     fn cause(&self) -> Option<Cause> {
-        let timeout = self.limits.timeout;
+        let timeout = self.client.limits.timeout;
         let is_late = !timeout.is_zero() && self.started.elapsed() >= timeout;
         if self.lost.is_some() {
             // Nobody is told.
@@ -223,7 +227,7 @@ impl Run<'_> {
             Some(Cause { out: None, text: "the request's content broke off" })
         } else if sys::is_ending() {
             Some(Cause { out: Some("shutdown"), text: "the server is shutting down" })
-        } else if is_late && !self.child.has_exited() {
+        } else if is_late && !sys::has_exited(self.child.pid) {
             Some(Cause { out: Some("timeout"), text: "the command ran past --timeout" })
         } else {
             None
@@ -244,25 +248,22 @@ impl Run<'_> {
 
     /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
     fn receive(&mut self) {
-        let mut wait = TICK;
-        if !self.has_output {
-            // The leader's exit is waited for, which mostly follows at once. Nothing tells of it.
-            self.exit_wait = TICK.min(self.exit_wait * 2);
-            wait = self.exit_wait;
-        }
-        let mut next = self.messages.recv_timeout(wait).ok();
+        // Where both outputs have ended, it is the leader's exit that is waited for. Nothing tells of that, but mostly it
+        // follows at once: so the waits are short at first, and grow.
+        let wait = if self.open_outputs > 0 { TICK } else { EXIT_WAIT * self.quiet_turns };
+        let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
         self.quiet_turns = if next.is_some() { 0 } else { self.quiet_turns + 1 };
         while let Some(message) = next {
             match message {
                 Message::Output(source, bytes) => {
-                    if self.limits.verbose {
-                        let (peer, pid) = (self.peer, self.child.pid);
+                    if self.client.limits.verbose {
+                        let (peer, pid) = (self.client.peer, self.child.pid);
                         let (name, out) = (SOURCES[source], quoted(&bytes));
                         log::line(format_args!("{name} peer={peer} pid={pid} out={out}"));
                     }
                     self.stream.output(source, bytes);
                 }
-                Message::Ended => self.has_output = false,
+                Message::Ended => self.open_outputs -= 1,
                 Message::BrokeOff(stdin) => self.starved = Some(stdin),
             }
             let is_enough = self.stream.unsent.len() >= ENOUGH;
@@ -276,9 +277,9 @@ impl Run<'_> {
         if self.stream.unsent.is_empty() || self.lost.is_some() {
             return self.stream.unsent.clear();
         }
-        let is_servers_end = sys::is_ending() && self.shared.is_over.load(SeqCst);
-        let longest_stall = if is_servers_end { LAST_STALL } else { self.limits.stall };
-        match self.socket.write(&self.stream.unsent) {
+        let is_servers_end = sys::is_ending() && self.is_over.load(SeqCst);
+        let longest_stall = if is_servers_end { LAST_STALL } else { self.client.limits.stall };
+        match self.client.socket.write(&self.stream.unsent) {
             Ok(length) => {
                 self.stream.unsent.drain(..length);
                 self.written = Instant::now();
@@ -294,20 +295,19 @@ impl Run<'_> {
 
     /// Notices that the client has left, and sends a comment where that is due.
     fn look_at_client(&mut self) {
-        let state = sys::poll_one(self.socket, POLLIN | POLLRDHUP, Duration::ZERO);
+        let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
-        let has_unread_input = state & POLLIN != 0;
-        // Plain text has nothing by which to probe a half-closed client.
+        // Plain text has no comments by which to probe a half-closed client: there it counts as gone.
         if state & (POLLERR | POLLHUP) != 0 || (is_half_closed && !self.stream.is_events) {
             self.lost.get_or_insert("gone");
         }
         // Who closes the whole connection looks half-closed, too, until something is sent: that brings a reset, which
         // a later turn sees.
         let is_in_doubt = is_half_closed && !self.is_probed;
-        // Plain text is silent by nature. But where unread input fills TCP's window, the client's end cannot arrive;
-        // again what is sent brings a reset.
-        let may_comment = self.stream.is_events || has_unread_input;
-        let is_due = may_comment && self.written.elapsed() >= self.limits.heartbeat;
+        // Plain text is silent by nature. But where unread input (POLLIN) fills TCP's window, the client's end cannot
+        // arrive; again what is sent brings a reset.
+        let may_comment = self.stream.is_events || state & POLLIN != 0;
+        let is_due = may_comment && self.written.elapsed() >= self.client.limits.heartbeat;
         if self.lost.is_none() && self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
             self.is_probed = is_half_closed;
             self.stream.comment();
@@ -332,7 +332,7 @@ impl Run<'_> {
         }
         // That the command was left matters more than that the client was lost.
         let logged = if status.is_some() { self.lost.unwrap_or(out) } else { out };
-        let (peer, pid) = (self.peer, self.child.pid);
+        let (peer, pid) = (self.client.peer, self.child.pid);
         log::line(format_args!("exit peer={peer} pid={pid} out={logged}{numbers}"));
         self.lost.is_none()
     }

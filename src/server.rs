@@ -1,6 +1,6 @@
 //! The accept loop, the bound on connections, and the server's end.
 
-use crate::run::{IS_URGENT, RUNNING};
+use crate::run::{Client, IS_URGENT, RUNNING};
 use crate::{config::Config, connection, log, pipes::TICK, sys};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::Ordering::SeqCst};
@@ -14,10 +14,10 @@ const STACK: usize = 128 << 10;
 /// Between two looks at what nothing tells of: whether descriptors and threads can be had again, or how the
 /// end goes on.
 const PAUSE: Duration = Duration::from_millis(10);
-/// What the end may take beyond `--grace`: by then a command that cannot be killed is given up (1 s), its pipes
-/// are let go, and a client that does not read is (0.7 s).
+/// What the end may take beyond `--grace`: 1 s until a command that cannot be killed is given up, 0.5 s until its
+/// readers notice that, 0.7 s for a client that does not read, and some more for a slow host.
 const AFTER_GRACE: Duration = Duration::from_millis(2_800);
-/// What the end may take once nobody waits for a command any longer.
+/// What the end may take after a second signal.
 const URGENT_TIME: Duration = Duration::from_millis(300);
 /// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
@@ -26,11 +26,11 @@ const SAME_SIGNAL: Duration = Duration::from_millis(200);
 pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // std's `accept` would go on after a signal, so it is not what waits.
     listener.set_nonblocking(true)?;
-    // Each connection's thread holds it, and this one: so its holders are one more than there are connections.
     let config = Arc::new(config);
+    // Each connection's thread holds it, and this one.
+    let connections = || Arc::strong_count(&config) - 1;
     while !sys::is_ending() {
-        let waiting = Arc::strong_count(&config).saturating_sub(RUNNING.load(SeqCst));
-        if waiting > MOST_WAITING {
+        if connections().saturating_sub(RUNNING.load(SeqCst)) >= MOST_WAITING {
             thread::sleep(PAUSE);
         } else if sys::poll_one(&listener, sys::POLLIN, TICK) != 0 {
             match listener.accept() {
@@ -45,11 +45,13 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // Connections see the signal by themselves, and end after their commands.
     let begun = Instant::now();
     let mut deadline = begun + config.limits.grace + AFTER_GRACE;
-    while Arc::strong_count(&config) > 1 && Instant::now() < deadline {
+    let mut heard = 0;
+    while connections() > 0 && Instant::now() < deadline {
+        let signals = sys::SIGNALS.load(SeqCst);
         if begun.elapsed() < SAME_SIGNAL {
             // Killed by name, both processes get the signal, and this one gets it twice.
-            sys::SIGNALS.store(1, SeqCst);
-        } else if sys::SIGNALS.load(SeqCst) > 1 {
+            heard = signals;
+        } else if signals > heard {
             IS_URGENT.store(true, SeqCst);
             deadline = deadline.min(Instant::now() + URGENT_TIME);
         }
@@ -66,7 +68,10 @@ fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
     while !sys::is_ending() {
         let (config, socket) = (config.clone(), socket.clone());
         // A connection that fails just ends.
-        let serve = move || connection::serve(&socket, peer, &config.rules, &config.limits);
+        let serve = move || {
+            let client = Client { socket: &socket, peer, limits: &config.limits };
+            connection::serve(client, &config.rules)
+        };
         // `thread::spawn` would panic.
         if thread::Builder::new().stack_size(STACK).spawn(serve).is_ok() {
             return;

@@ -11,8 +11,6 @@ use std::os::{fd::AsFd, fd::AsRawFd, unix::process::ExitStatusExt, unix::process
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::SeqCst};
 use std::{io, net::TcpStream, process, ptr, time::Duration};
 
-#[cfg(not(target_os = "linux"))]
-compile_error!("process groups, pipes and sockets are used here as Linux has them");
 #[cfg(any(target_arch = "mips", target_arch = "mips64", target_arch = "mips32r6"))]
 compile_error!("Linux on MIPS has other numbers for signals and socket options");
 #[cfg(any(target_arch = "mips64r6", target_arch = "sparc", target_arch = "sparc64"))]
@@ -29,6 +27,11 @@ pub const SIGSTOP: c_int = 19;
 const SIGXFSZ: c_int = 25;
 const SIG_IGN: usize = 1;
 const SIG_SETMASK: c_int = 2;
+
+// errno(3), as `io::Error::raw_os_error` has it
+pub const ENFILE: Option<i32> = Some(23);
+pub const EMFILE: Option<i32> = Some(24);
+pub const ENAMETOOLONG: Option<i32> = Some(36);
 
 // poll(2)
 pub const POLLIN: c_short = 0x1;
@@ -70,7 +73,7 @@ pub static SIGNALS: AtomicU32 = AtomicU32::new(0);
 /// In the supervisor the server's process id, else 0.
 static SERVER: AtomicI32 = AtomicI32::new(0);
 
-/// Notes a signal, and hands it on to the server. Only what signal-safety(7) admits: atomics and kill(2).
+/// Notes a signal, and hands it on to the server: atomics and kill(2) alone.
 extern "C" fn note(number: c_int) {
     if number != SIGHUP || !is_ending() {
         SIGNALS.fetch_add(1, SeqCst);
@@ -98,7 +101,21 @@ pub fn fork_server() -> io::Result<Option<u32>> {
     let parent = process::id();
     // Signals wait until it is known to whom they are to be handed on.
     block_signals(c_ulong::MAX);
-    take_signals();
+    // SAFETY: the handlers do only what signal-safety(7) admits.
+    unsafe {
+        // Handlers rather than ignored signals, also where nothing is to happen: a command gets the default for what
+        // is handled here, but would inherit what is ignored.
+        signal(SIGTERM, Some(note));
+        signal(SIGINT, Some(note));
+        // Ignored at the start, as nohup(1) has it, it stays without effect.
+        if signal(SIGHUP, Some(note)) == SIG_IGN {
+            signal(SIGHUP, Some(do_nothing));
+        }
+        // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
+        signal(SIGXFSZ, Some(do_nothing));
+        // Whoever starts this may ignore it, which would make every wait for a child fail. None is SIG_DFL.
+        signal(SIGCHLD, None);
+    }
     // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
     let pid = check(unsafe { fork() })?;
     SERVER.store(pid, SeqCst);
@@ -116,27 +133,6 @@ pub fn fork_server() -> io::Result<Option<u32>> {
         note(SIGTERM);
     }
     Ok(None)
-}
-
-/// Takes the signals that end the server, and undoes what whoever started the program may have left in the
-/// way.
-///
-/// Handlers rather than ignored signals, also where nothing is to happen: a command that is started gets
-/// the default for what is handled, but would inherit what is ignored.
-fn take_signals() {
-    // SAFETY: both handlers are async-signal-safe.
-    unsafe {
-        signal(SIGTERM, Some(note));
-        signal(SIGINT, Some(note));
-        // Ignored at the start, as nohup(1) has it, it stays without effect.
-        if signal(SIGHUP, Some(note)) == SIG_IGN {
-            signal(SIGHUP, Some(do_nothing));
-        }
-        // Ignored, it would make every wait for a child fail. None, a null pointer, is SIG_DFL.
-        signal(SIGCHLD, None);
-        // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
-        signal(SIGXFSZ, Some(do_nothing));
-    }
 }
 
 /// Blocks the signals whose bits are set, and no others: all for all ones. Commands inherit what is blocked.
@@ -168,20 +164,19 @@ const WNOWAIT: c_int = 0x0100_0000;
 /// Waits until any child has exited, and returns its id. It is not reaped: a zombie keeps its number from being
 /// given to another process.
 pub fn wait_noreap() -> io::Result<u32> {
-    waitid_noreap(P_ALL, 0, 0)
-}
-
-/// Whether that child has exited. It is not reaped.
-pub fn has_exited(pid: u32) -> io::Result<bool> {
-    // WNOHANG returns 0 for a child that still runs.
-    Ok(waitid_noreap(P_PID, pid, WNOHANG)? == pid)
-}
-
-fn waitid_noreap(idtype: c_uint, id: u32, option: c_int) -> io::Result<u32> {
     let mut info = SignalInfo([0; 32]);
     // SAFETY: the call fills in a siginfo_t, for which there is room.
-    check(unsafe { waitid(idtype, id, &mut info, WEXITED | WNOWAIT | option) })?;
+    check(unsafe { waitid(P_ALL, 0, &mut info, WEXITED | WNOWAIT) })?;
     Ok(info.0[SI_PID] as u32)
+}
+
+/// Whether that child has exited, or is not there. It is not reaped.
+pub fn has_exited(pid: u32) -> bool {
+    let mut info = SignalInfo([0; 32]);
+    // SAFETY: as above.
+    let returned = unsafe { waitid(P_PID, pid, &mut info, WEXITED | WNOWAIT | WNOHANG) };
+    // For a child that still runs nothing is filled in. What fails would go on failing, and is not waited for.
+    returned == -1 || info.0[SI_PID] > 0
 }
 
 /// Reaps that child, once it has exited. Returns its exit status as a shell has it: 128 + N where signal N
@@ -192,14 +187,6 @@ pub fn reap(pid: u32) -> io::Result<i32> {
     check(unsafe { waitpid(pid as c_int, &mut status, 0) })?;
     let status = process::ExitStatus::from_raw(status);
     Ok(status.code().unwrap_or(128 + status.signal().unwrap_or(0)))
-}
-
-/// Whether the process or the host has no descriptor left.
-pub fn is_out_of_descriptors(error: &io::Error) -> bool {
-    // errno(3)
-    const ENFILE: i32 = 23;
-    const EMFILE: i32 = 24;
-    matches!(error.raw_os_error(), Some(ENFILE | EMFILE))
 }
 
 /// What a call has returned, or the error that -1 stands for. EINTR is none of them: signal(3) sets handlers

@@ -309,13 +309,31 @@ fn descendants_have_their_grace_though_the_leader_has_none() {
     let (outside, outside_done) = careful("outside");
     let inside = server.begin(&format!("sh -c 'sh {inside}; :'"));
     let outside = server.begin(&format!("sh -c 'timeout 1000 sh {outside}; :'"));
-    for ((mut client, leader), done) in [(inside, inside_done), (outside, outside_done)] {
+    // SIGHUP would end it at once: what the kernel sends to a group that has lost its leader's parent while it was stopped.
+    let (alone, alone_done) = careful("alone");
+    let alone =
+        server.begin(&format!("sh -c 'sh {} 0 \"exec sh {alone}\"; :'", in_group(&folder)));
+    for ((mut client, leader), done) in
+        [(inside, inside_done), (outside, outside_done), (alone, alone_done)]
+    {
         client.read_until("\\n");
         drop(client);
         is_gone(leader);
         wait_for("its descendant to end in its own way", || std::path::Path::new(&done).exists());
     }
     server.session_has(0);
+}
+
+/// Some are always between their fork and the group that they form when they are looked for.
+#[test]
+fn what_is_just_being_started_is_found() {
+    let server = Server::start(&["--grace", "0.5"]);
+    for _ in 0..5 {
+        let (client, _) = server.begin("sh -c 'while :; do timeout 1000 sleep 1000 & done'");
+        wait_for("many groups", || server.session().len() > 40);
+        drop(client);
+        server.session_has(0);
+    }
 }
 
 /// A command that has moved into somebody else's group is ended, and whose group it is lives on.
