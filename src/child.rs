@@ -10,6 +10,9 @@ use std::os::{fd::OwnedFd, unix::ffi::OsStrExt, unix::process::CommandExt};
 use std::process::{self, ChildStdin, Command, ExitStatus, Stdio};
 use std::{ffi::OsStr, fs::File, io::Error, thread};
 
+/// How often more is looked for of what a command has started, since not all of it can be stopped.
+const MOST_ROUNDS: u32 = 10;
+
 /// A started command, to be reaped, or ended, by who has it.
 pub struct Child {
     pub pid: u32,
@@ -48,33 +51,30 @@ impl Child {
     /// Sends signals to the command and to all that it started, stopped before: otherwise what is just being started
     /// would not be found, and when its parent has ended, nothing tells any more whose it is. What has called
     /// setsid(2) is left alone, and what is in a group of its own and lost its parent before.
+    ///
+    /// The command's group gets them as a whole, others one by one: another group could hold anybody. A group that
+    /// loses the last parent that it has outside while somebody in it is stopped gets SIGHUP from the kernel (exit(3)).
+    /// So in somebody else's group nobody is stopped, and parents go on after their children.
     pub fn signal(&mut self, signals: &[i32]) {
-        let mut is_more_found = true;
-        while is_more_found {
-            let found = self.family.len();
+        sys::send_group(self.pid, sys::SIGSTOP);
+        self.find_family();
+        // Others than the leader may be outside its group, and have started more meanwhile.
+        let (mut found, mut rounds) = (1, 0);
+        while self.family.len() > found && rounds < MOST_ROUNDS {
+            (found, rounds) = (self.family.len(), rounds + 1);
+            for process in &self.family {
+                if self.family.iter().any(|leader| leader.pid == process.group) {
+                    sys::send(process.pid, sys::SIGSTOP);
+                }
+            }
             self.find_family();
-            self.send(sys::SIGSTOP);
-            // What was started between these two calls is found by the next round.
-            is_more_found = self.family.len() > found;
         }
         for signal in signals {
-            self.send(*signal);
-        }
-    }
-
-    /// Sends a signal to the command's group, and to those found outside of it one by one: another group could
-    /// hold anybody.
-    ///
-    /// A group that is left without a parent in its session while a process in it is stopped gets SIGHUP from the
-    /// kernel (exit(3)). So in another's group nobody is stopped, and SIGCONT goes to children before their parents.
-    fn send(&self, signal: i32) {
-        for stray in self.family.iter().rev().filter(|process| process.group != self.pid) {
-            let is_own_group = self.family.iter().any(|leader| leader.pid == stray.group);
-            if is_own_group || signal != sys::SIGSTOP {
-                sys::send(stray.pid, signal);
+            for stray in self.family.iter().rev().filter(|process| process.group != self.pid) {
+                sys::send(stray.pid, *signal);
             }
+            sys::send_group(self.pid, *signal);
         }
-        sys::send_group(self.pid, signal);
     }
 
     /// Whether of the command, which has exited, and of all that it started nobody lives any more. Without /proc

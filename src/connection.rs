@@ -3,7 +3,7 @@
 use crate::log::{self, quoted, quoted_as_sent};
 use crate::pipes::{TICK, is_passing};
 use crate::refusal::{self, Refusal, ensure};
-use crate::request::{FormFields, Request, command_of, form_fields, percent_decode};
+use crate::request::{Form, Request, parse_form, percent_decode};
 use crate::response::{CONTINUE, Context, NO_CONTENT, PAGE, PAGE_FIELDS, PLAIN, USAGE};
 use crate::{output::Stream, policy::Rules, run, run::Client, sys};
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -111,14 +111,14 @@ impl Connection<'_> {
     /// Runs a command, which is in the query, or in the content, a form.
     fn run(&mut self, request: &mut Request) -> Result<(), Refusal> {
         let (_, query) = request.path_and_query();
-        let fields = form_fields(query.as_bytes())?;
-        if request.is_reconnect(&fields) {
+        let query = parse_form(query.as_bytes());
+        if request.is_reconnect() || query.as_ref().is_ok_and(|query| query.is_reconnect) {
             // It tells an `EventSource` to stop (WHATWG HTML section 9.2.3).
             return self.write(&Context { request, rules: self.rules }.head(NO_CONTENT, ""));
         }
-        let mut command = command_of(fields)?;
+        let mut command = query?.command;
         if request.method == "POST" && command.is_none() {
-            command = command_of(self.read_form(request)?)?;
+            command = self.read_form(request)?.command;
         }
         let command = command.ok_or(refusal::COMMAND)?;
         let words = self.rules.admit(&command)?;
@@ -146,7 +146,7 @@ impl Connection<'_> {
     }
 
     /// Reads the form that holds the command.
-    fn read_form(&mut self, request: &mut Request) -> Result<FormFields, Refusal> {
+    fn read_form(&mut self, request: &mut Request) -> Result<Form, Refusal> {
         request.check_form()?;
         if request.expects_continue() {
             self.write(CONTINUE.as_bytes())?;
@@ -155,7 +155,7 @@ impl Connection<'_> {
         let length = request.content_length;
         (&mut self.input).take(length).read_to_end(&mut request.form)?;
         ensure(request.form.len() as u64 == length, refusal::CUT)?;
-        form_fields(&request.form)
+        parse_form(&request.form)
     }
 
     /// Sends the whole stream of a command that could not be started.

@@ -113,8 +113,6 @@ impl Stream {
                 Ok(text) => Cow::Borrowed(text),
                 Err(_) => String::from_utf8_lossy(bytes),
             };
-            // Room for a line end in eight bytes: what grows by doubling is copied each time.
-            frame.reserve(text.len() + text.len() / 8);
             frame.extend_from_slice(b"\"out\":\"");
             escape(text.as_bytes(), &mut frame);
             frame.push(b'"');

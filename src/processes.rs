@@ -3,9 +3,8 @@
 //! Read only when something is to be killed: to find what a command started outside its process group,
 //! and all that is left of the server's session once the server has ended.
 
-use crate::sys::{EMFILE, ENFILE};
-use std::sync::{Mutex, PoisonError};
-use std::{collections::HashSet, fs, io, process, time::Instant};
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::{collections::HashSet, fs, process, time::Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Process {
@@ -26,35 +25,47 @@ pub fn is_known() -> bool {
     fs::read_link("/proc/self").ok() == Some(process::id().to_string().into())
 }
 
-/// All processes, in no order, as they were at some moment after this call began; none where [`is_known`]
-/// does not hold, or no descriptor is left to read with. Where many clients leave at once, many threads ask at
-/// once: one of them reads, and those that waited for it share what the next one reads.
-pub fn all() -> Vec<Process> {
-    /// When they were read, and what was found.
-    static LAST: Mutex<(Option<Instant>, Vec<Process>)> = Mutex::new((None, Vec::new()));
-    let asked = Some(Instant::now());
-    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
-    let (begun, processes) = &mut *last;
-    // What somebody else began to read after this call is new enough.
-    if *begun <= asked {
-        *begun = Some(Instant::now());
-        *processes = read_all().unwrap_or_default();
-    }
-    processes.clone()
+/// The last reading of all processes.
+struct Last {
+    begun: Option<Instant>,
+    found: Vec<Process>,
+    /// Some thread is at the next one.
+    is_busy: bool,
 }
 
-/// Fails, rather than leave out those that it has no descriptor to read.
-fn read_all() -> io::Result<Vec<Process>> {
+/// All processes, in no order, as they were at some moment after this call began; none where [`is_known`]
+/// does not hold. Where many clients leave at once, many threads ask at once, and what one of them reads is shared by
+/// all that asked before it began.
+pub fn all() -> Vec<Process> {
+    static LAST: Mutex<Last> = Mutex::new(Last { begun: None, found: Vec::new(), is_busy: false });
+    static IS_READ: Condvar = Condvar::new();
+    let asked = Some(Instant::now());
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    while last.begun <= asked && last.is_busy {
+        last = IS_READ.wait(last).unwrap_or_else(PoisonError::into_inner);
+    }
+    if last.begun <= asked {
+        last.is_busy = true;
+        // Held, the lock would keep back those that need no reading of their own.
+        drop(last);
+        let (begun, found) = (Some(Instant::now()), read_all());
+        last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = Last { begun, found, is_busy: false };
+        IS_READ.notify_all();
+    }
+    last.found.clone()
+}
+
+fn read_all() -> Vec<Process> {
     let mut processes = Vec::new();
-    for folder in fs::read_dir("/proc")? {
-        match fs::read(folder?.path().join("stat")) {
-            Ok(stat) => processes.extend(parse(&String::from_utf8_lossy(&stat))),
-            Err(error) if matches!(error.raw_os_error(), ENFILE | EMFILE) => return Err(error),
+    if is_known() {
+        for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
             // Not every folder is a process, and a process may have ended since.
-            Err(_) => {}
+            let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
+            processes.extend(parse(&String::from_utf8_lossy(&stat)));
         }
     }
-    if is_known() { Ok(processes) } else { Ok(Vec::new()) }
+    processes
 }
 
 /// Of `processes`, `leader`, its group, those of `known` that are still there, and all that descend from these:

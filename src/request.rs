@@ -95,12 +95,11 @@ impl Request {
         closes || self.minor_version == 0 || self.content_length > 0 || !self.is_understood
     }
 
-    /// Whether it asks to go on with what has ended: the reconnect of an `EventSource` or of a polyfill; or the
-    /// rest of an answer that broke off, for which wget asks by `Range`.
-    pub fn is_reconnect(&self, query: &FormFields) -> bool {
+    /// Whether it asks to go on with what has ended: the reconnect of an `EventSource`; or the rest of an answer that
+    /// broke off, for which wget asks by `Range`.
+    pub fn is_reconnect(&self) -> bool {
         let has_id = self.field("last-event-id").is_some_and(|id| !id.is_empty());
-        let has_id_in_query = query.iter().any(|(name, id)| is_event_id(name) && !id.is_empty());
-        has_id || has_id_in_query || self.field("range").is_some()
+        has_id || self.field("range").is_some()
     }
 
     /// Whether the content can be the form that holds the command. None at all counts as an empty one.
@@ -183,15 +182,20 @@ fn is_token(text: &str) -> bool {
     !text.is_empty() && text.chars().all(is_good)
 }
 
-/// Names and values, decoded.
-pub type FormFields = Vec<(Vec<u8>, Vec<u8>)>;
+/// What a query or form says.
+#[derive(Debug, Default, PartialEq)]
+pub struct Form {
+    pub command: Option<Vec<u8>>,
+    /// By the fields in which polyfills of `EventSource` say what `Last-Event-ID` says.
+    pub is_reconnect: bool,
+}
 
-/// The fields of a query, or of `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but what
-/// stands between two `&` is a field here even where it is nothing).
-pub fn form_fields(form: &[u8]) -> Result<FormFields, Refusal> {
-    let mut fields = Vec::new();
+/// Reads a query, or `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but what stands between two
+/// `&` is a field here even where it is nothing).
+pub fn parse_form(form: &[u8]) -> Result<Form, Refusal> {
+    let mut parsed = Form::default();
     if form.is_empty() {
-        return Ok(fields);
+        return Ok(parsed);
     }
     let with_spaces = |&byte: &u8| if byte == b'+' { b' ' } else { byte };
     let form: Vec<u8> = form.iter().map(with_spaces).collect();
@@ -200,27 +204,13 @@ pub fn form_fields(form: &[u8]) -> Result<FormFields, Refusal> {
         let (name, is_name_good) = percent_decode(halves.next().unwrap_or_default());
         let (value, is_value_good) = percent_decode(halves.next().unwrap_or_default());
         ensure(is_name_good && is_value_good, refusal::ESCAPE)?;
-        fields.push((name, value));
-    }
-    Ok(fields)
-}
-
-/// The one `command` of a query or form, if there is any.
-pub fn command_of(fields: FormFields) -> Result<Option<Vec<u8>>, Refusal> {
-    let mut command = None;
-    for (name, value) in fields {
-        if name == b"command" {
-            ensure(command.replace(value).is_none(), refusal::COMMAND)?;
-        } else if !is_event_id(&name) {
-            return Err(refusal::OTHER_FIELD.about(&shown(&name)));
+        match &name[..] {
+            b"command" => ensure(parsed.command.replace(value).is_none(), refusal::COMMAND)?,
+            b"lastEventId" | b"evs_last_event_id" => parsed.is_reconnect |= !value.is_empty(),
+            _ => return Err(refusal::OTHER_FIELD.about(&shown(&name))),
         }
     }
-    Ok(command)
-}
-
-/// Whether it is a field of a query by which a polyfill of `EventSource` says what `Last-Event-ID` says.
-fn is_event_id(name: &[u8]) -> bool {
-    matches!(name, b"lastEventId" | b"evs_last_event_id")
+    Ok(parsed)
 }
 
 /// Decodes percent-escapes. A malformed one stands for itself; returns also whether there was none.

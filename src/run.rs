@@ -174,6 +174,7 @@ impl Run<'_> {
             self.stream.error(cause.text);
             self.end_all();
         }
+        // By itself a command ends with its group alone.
         sys::send_group(pid, sys::SIGKILL);
         // What it has printed until now is still read, and sent.
         self.is_over.store(true, SeqCst);

@@ -33,10 +33,8 @@ fn kill_session(session: u32) {
     let mut is_any_hit = true;
     while is_any_hit && begun.elapsed() < KILL_TIME {
         is_any_hit = false;
-        for left in processes::all() {
-            if left.session == session && !left.is_zombie {
-                is_any_hit |= sys::send(left.pid, sys::SIGKILL);
-            }
+        for left in processes::all().iter().filter(|p| p.session == session && !p.is_zombie) {
+            is_any_hit |= sys::send(left.pid, sys::SIGKILL);
         }
         thread::sleep(PAUSE);
     }

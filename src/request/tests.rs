@@ -84,6 +84,8 @@ fn request_lines() {
         ("GET //run HTTP/1.1", Ok(("//run", ""))),
         ("GET /a://b HTTP/1.9", Ok(("/a://b", ""))),
         ("!#$%&'*+-.^_`|~ / HTTP/1.1", Ok(("/", ""))),
+        ("GET /run?a=\"{|}\" HTTP/1.1", Ok(("/run", "a=\"{|}\""))),
+        ("GET /run?a#b HTTP/1.1", Err(refusal::LINE)),
         ("GET http://h/ HTTP/1.1", Err(refusal::LINE)),
         ("OPTIONS * HTTP/1.1", Err(refusal::LINE)),
         ("CONNECT h:1 HTTP/1.1", Err(refusal::LINE)),
@@ -230,18 +232,22 @@ fn who_ends_the_connection() {
 
 #[test]
 fn forms() {
-    let names_and_values = |form: &[u8]| {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        let pair = |(name, value): (Vec<u8>, Vec<u8>)| text(&name) + "=" + &text(&value);
-        let fields = form_fields(form)?.into_iter().map(pair);
-        Ok(fields.collect::<Vec<_>>().join("|"))
-    };
+    let unknown = |name: &str| refusal::OTHER_FIELD.about(name);
     let table = [
-        ("", Ok("")),
-        ("command=x+%2By%25", Ok("command=x +y%")),
-        ("%63ommand=x&c", Ok("command=x|c=")),
-        ("command=a=b", Ok("command=a=b")),
-        ("a&&b&", Ok("a=|=|b=|=")),
+        ("", Ok((None, false))),
+        ("command=x+%2By%25", Ok((Some("x +y%"), false))),
+        ("%63ommand=x", Ok((Some("x"), false))),
+        ("command=a=b", Ok((Some("a=b"), false))),
+        ("command", Ok((Some(""), false))),
+        ("command=&lastEventId=", Ok((Some(""), false))),
+        ("lastEventId=1&command=x", Ok((Some("x"), true))),
+        ("evs_last_event_id=1&lastEventId=", Ok((None, true))),
+        ("command=x&command=x", Err(refusal::COMMAND)),
+        ("command=make+&&+make+install", Err(unknown(""))),
+        ("command=x&", Err(unknown(""))),
+        ("&command=x", Err(unknown(""))),
+        ("Command=x", Err(unknown("Command"))),
+        ("command=x&a%00b=1", Err(unknown("a\u{fffd}b"))),
         ("command=%", Err(refusal::ESCAPE)),
         ("command=%a", Err(refusal::ESCAPE)),
         ("command=%g0", Err(refusal::ESCAPE)),
@@ -249,7 +255,11 @@ fn forms() {
         ("%=x", Err(refusal::ESCAPE)),
     ];
     for (form, expected) in table {
-        assert_eq!(names_and_values(form.as_bytes()), expected.map(str::to_string), "{form}");
+        let expected = expected.map(|(command, is_reconnect)| Form {
+            command: command.map(|command| command.as_bytes().to_vec()),
+            is_reconnect,
+        });
+        assert_eq!(parse_form(form.as_bytes()), expected, "{form}");
     }
 }
 

@@ -311,8 +311,7 @@ fn descendants_have_their_grace_though_the_leader_has_none() {
     let outside = server.begin(&format!("sh -c 'timeout 1000 sh {outside}; :'"));
     // SIGHUP would end it at once: what the kernel sends to a group that has lost its leader's parent while it was stopped.
     let (alone, alone_done) = careful("alone");
-    let alone =
-        server.begin(&format!("sh -c 'sh {} 0 \"exec sh {alone}\"; :'", in_group(&folder)));
+    let alone = server.begin(&format!("sh -c 'sh {} 0 \"exec sh {alone}\"; :'", in_group(&folder)));
     for ((mut client, leader), done) in
         [(inside, inside_done), (outside, outside_done), (alone, alone_done)]
     {
