@@ -54,7 +54,7 @@ impl Child {
     ///
     /// The command's group gets them as a whole, others one by one: another group could hold anybody. A group that
     /// loses the last parent that it has outside while somebody in it is stopped gets SIGHUP from the kernel (exit(3)).
-    /// So in somebody else's group nobody is stopped, and parents go on after their children.
+    /// So in somebody else's group nobody is stopped, and parents, who are older, go on after their children.
     pub fn signal(&mut self, signals: &[i32]) {
         sys::send_group(self.pid, sys::SIGSTOP);
         self.find_family();

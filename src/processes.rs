@@ -68,21 +68,21 @@ fn read_all() -> Vec<Process> {
     processes
 }
 
-/// Of `processes`, `leader`, its group, those of `known` that are still there, and all that descend from these:
-/// as far as they belong to the session that the server leads, and all commands share.
+/// Of `processes`, `leader`, its group, those of `known` that are still there, and all that descend from these,
+/// the oldest first: as far as they belong to the session that the server leads, and all commands share.
 pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
-    let session = process::id();
-    processes.retain(|process| process.session == session);
+    processes.retain(|p| p.session == process::id());
     let is_known = |p: &Process| known.iter().any(|k| (k.pid, k.start) == (p.pid, p.start));
     let (mut newest, mut others): (Vec<_>, Vec<_>) =
         processes.into_iter().partition(|p| p.pid == leader || p.group == leader || is_known(p));
-    // One generation after the other.
+    // Generation by generation.
     let mut family = Vec::new();
     while !newest.is_empty() {
         let parents: HashSet<u32> = newest.iter().map(|p| p.pid).collect();
         family.append(&mut newest);
         (newest, others) = others.into_iter().partition(|p| parents.contains(&p.parent));
     }
+    family.sort_by_key(|p| (p.start, p.pid));
     family
 }
 
@@ -139,8 +139,8 @@ mod tests {
         let own = std::process::id();
         let elsewhere = own + 1;
         let all = vec![
-            // Listed before its parent.
-            process(13, 12, 12, own),
+            // Listed before its parent. A child's number can be the lower one, after all have been used once.
+            Process { start: 99, ..process(9, 12, 12, own) },
             process(10, 1, 10, own),
             process(11, 10, 10, own),
             process(12, 11, 12, own),
@@ -156,11 +156,9 @@ mod tests {
             process(40, 1, 10, own),
             process(41, 40, 41, own),
         ];
-        let mut other = process(31, 10, 12, own);
-        other.start = 7;
+        let other = Process { start: 7, ..process(31, 10, 12, own) };
         let found = family(all, 10, &[process(30, 10, 30, own), other]);
-        let mut numbers: Vec<u32> = found.iter().map(|process| process.pid).collect();
-        numbers.sort_unstable();
-        assert_eq!(numbers, [10, 11, 12, 13, 30, 40, 41]);
+        let numbers: Vec<u32> = found.iter().map(|process| process.pid).collect();
+        assert_eq!(numbers, [10, 11, 12, 30, 40, 41, 9]);
     }
 }
