@@ -3,7 +3,7 @@
 //! no I/O.
 
 use crate::clock::unix_millis;
-use std::{borrow::Cow, mem::take, time::Duration};
+use std::{borrow::Cow, mem::take};
 
 /// Where output comes from, by its event's name.
 pub const SOURCES: [&str; 2] = ["stdout", "stderr"];
@@ -36,9 +36,8 @@ impl Stream {
     }
 
     /// The `start` event, which says after how long a silence there is a comment, in seconds.
-    pub fn start(&mut self, pid: u32, heartbeat: Duration) {
-        let seconds = heartbeat.as_secs_f64();
-        self.event("start", &format!("\"pid\":{pid},\"heartbeat\":{seconds}"), b"");
+    pub fn start(&mut self, pid: u32, heartbeat: f64) {
+        self.event("start", &format!("\"pid\":{pid},\"heartbeat\":{heartbeat}"), b"");
     }
 
     /// The `err` event, which says in words what went wrong.

@@ -4,7 +4,7 @@
 //! and all that is left of the server's session once the server has ended.
 
 use std::sync::{Condvar, Mutex, PoisonError};
-use std::{collections::HashSet, fs, process, time::Instant};
+use std::{fs, process, time::Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Process {
@@ -78,11 +78,12 @@ pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Ve
     // Generation by generation.
     let mut family = Vec::new();
     while !newest.is_empty() {
-        let parents: HashSet<u32> = newest.iter().map(|p| p.pid).collect();
+        let is_child = |p: &Process| newest.iter().any(|parent| parent.pid == p.parent);
+        let (children, rest) = others.into_iter().partition(is_child);
         family.append(&mut newest);
-        (newest, others) = others.into_iter().partition(|p| parents.contains(&p.parent));
+        (newest, others) = (children, rest);
     }
-    family.sort_by_key(|p| (p.start, p.pid));
+    family.sort_unstable_by_key(|p| (p.start, p.pid));
     family
 }
 

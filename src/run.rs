@@ -168,7 +168,7 @@ impl Run<'_> {
     /// A command's life, until nothing more comes of it. Returns the `out` of `exit`, where it was ended.
     fn live(&mut self) -> Option<&'static str> {
         let pid = self.child.pid;
-        self.stream.start(pid, self.client.limits.heartbeat);
+        self.stream.start(pid, self.client.limits.heartbeat.as_secs_f64());
         let cause = self.follow();
         if let Some(cause) = &cause {
             self.stream.error(cause.text);

@@ -77,7 +77,7 @@ fn decoded(pieces: &[&[u8]]) -> String {
 #[test]
 fn the_contract_s_example() {
     let mut stream = stream();
-    stream.start(4711, Duration::from_secs(15));
+    stream.start(4711, 15.0);
     stream.output(STDOUT, b"total 12\n".to_vec());
     stream.output(STDERR, b"ls: x: No such file or directory\n".to_vec());
     stream.error("a \"word\"");
@@ -218,7 +218,7 @@ fn silence_is_told_by_comments_or_by_zeros() {
 #[test]
 fn what_cannot_be_killed_has_no_number() {
     let mut stream = stream();
-    stream.start(1, Duration::from_millis(500));
+    stream.start(1, 0.5);
     stream.exit("left", None, None, 9);
     let expected = [
         ("start", r#"{"type":"start","pid":1,"heartbeat":0.5}"#),
