@@ -48,21 +48,27 @@ impl Child {
         Ok((child, [stdout.into(), stderr.into()], stdin))
     }
 
-    /// Sends signals to the command and to all that it started, stopped before: otherwise what is just being started
-    /// would not be found, and when its parent has ended, nothing tells any more whose it is. What has called
-    /// setsid(2) is left alone, and what is in a group of its own and lost its parent before.
+    /// Sends signals to the command and to all that it started.
     ///
-    /// The command's group gets them as a whole, others one by one: another group could hold anybody. A group that
-    /// loses the last parent that it has outside while somebody in it is stopped gets SIGHUP from the kernel (exit(3)).
-    /// So in somebody else's group nobody is stopped, and parents, who are older, go on after their children.
+    /// All of it is stopped first: what runs could start more after /proc was read, and once its parent has ended,
+    /// nothing tells any more whose that is. /proc is read until it shows no more than before.
+    ///
+    /// The command's own group is signalled as a whole; a process in another group by itself, since others may be in
+    /// that. The kernel sends SIGHUP to a group that is orphaned while a process in it is stopped (exit(3)). Hence two
+    /// rules: no process is stopped in a group whose leader is not of the family, and children go on before their
+    /// parents.
+    ///
+    /// Left alone is a process that has called setsid(2), or has a group of its own and lost its parent before all
+    /// this. (One that is just calling setsid(2) may stay stopped: nothing tells any more that it was the command's.)
     pub fn signal(&mut self, signals: &[i32]) {
         sys::send_group(self.pid, sys::SIGSTOP);
         self.find_family();
-        // Others than the leader may be outside its group, and have started more meanwhile.
+        // The leader alone needs no second look, as its group is stopped.
         let (mut found, mut rounds) = (1, 0);
         while self.family.len() > found && rounds < MOST_ROUNDS {
             (found, rounds) = (self.family.len(), rounds + 1);
             for process in &self.family {
+                // Only in a group of the family's own.
                 if self.family.iter().any(|leader| leader.pid == process.group) {
                     sys::send(process.pid, sys::SIGSTOP);
                 }
@@ -70,6 +76,7 @@ impl Child {
             self.find_family();
         }
         for signal in signals {
+            // The youngest first.
             for stray in self.family.iter().rev().filter(|process| process.group != self.pid) {
                 sys::send(stray.pid, *signal);
             }
@@ -93,8 +100,8 @@ impl Child {
         }
     }
 
-    /// Reaps the leader. One that cannot be killed has no status; a thread waits to reap it. Where none is
-    /// to be had, it stays a zombie until the server ends.
+    /// Reaps the leader. One that cannot be killed has no status; a thread is left behind to reap it. Without a
+    /// thread it becomes a zombie until the server ends.
     pub fn reap(&mut self) -> Option<ExitStatus> {
         let mut process = self.process.take()?;
         if sys::has_exited(self.pid) {
@@ -104,7 +111,7 @@ impl Child {
         None
     }
 
-    /// Kills and reaps one that has not been reaped.
+    /// Kills and reaps one that has not been reaped. It waits for as long as that takes.
     pub fn end(&mut self) {
         if let Some(mut process) = self.process.take() {
             self.signal(&[sys::SIGKILL]);

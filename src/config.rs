@@ -85,6 +85,7 @@ impl Config {
             "-v" | "--verbose" => self.limits.verbose = true,
             _ => return Err("there is no such option"),
         }
+        // By default neither is 0.
         if self.limits.heartbeat.is_zero() || self.limits.stall.is_zero() {
             return Err("it needs more than 0 seconds");
         }

@@ -30,7 +30,11 @@ pub fn serve(client: Client, rules: &Rules) -> io::Result<()> {
     let input = BufReader::with_capacity(BUFFER, Input { socket, deadline: Instant::now() });
     let mut connection = Connection { client, local, rules, input };
     while connection.has_request()? && connection.exchange() {}
-    connection.linger();
+    // Closing a socket with unread input sends a reset, which can overtake the last answer and have it thrown away
+    // (RFC 9112 section 9.6). So the server says that nothing more comes, and reads what still does, for a moment.
+    let _ = socket.shutdown(Shutdown::Write);
+    connection.allow(LINGER_TIME);
+    let _ = io::copy(connection.input.get_mut(), &mut io::sink());
     Ok(())
 }
 
@@ -54,8 +58,8 @@ impl Read for Input<'_> {
     }
 }
 
-/// Repeats a call that waits for a tick, until it has done something, or the server ends. Fails with `TimedOut`
-/// once the deadline has passed.
+/// Repeats a call that waits for a tick, until it has done something or failed. Fails with `TimedOut` once the
+/// deadline has passed, and when the server ends with the call's own error.
 fn try_until(deadline: Instant, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     while Instant::now() < deadline {
         match call() {
@@ -83,6 +87,7 @@ impl Connection<'_> {
     /// A request and its answer. Returns whether another request may follow.
     fn exchange(&mut self) -> bool {
         let mut request = Request::default();
+        // It is refused, or was answered, or nobody is there to be answered.
         let answered = match self.answer(&mut request) {
             Err(why) if why != refusal::GONE => self.refuse(&request, &why),
             answered => answered,
@@ -126,8 +131,8 @@ impl Connection<'_> {
         if request.method == "HEAD" {
             return self.write(&head);
         }
-        // The content, unless it was the form, is the command's standard input. What has come of it with the head is
-        // left in the buffer, as no request follows it.
+        // Content that was not the form is the command's standard input: first what came with the head and is in the
+        // buffer (from where it is copied: no request follows it), then the socket's.
         let length = request.content_length;
         let is_fed = request.method == "POST" && request.form.is_empty() && length > 0;
         let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
@@ -162,7 +167,7 @@ impl Connection<'_> {
     fn fail(&self, why: &Refusal, command: &str, mut stream: Stream) -> Result<(), Refusal> {
         // By what a shell says so (XCU 2.8.2).
         let code = if why.status == 404 { 127 } else { 126 };
-        stream.error(&why.text);
+        stream.event("err", "", why.text.as_bytes());
         let numbers = stream.exit("failed", Some(code), None, 0);
         let (peer, why) = (self.client.peer, quoted(why.text.as_bytes()));
         let asked = format!("peer={peer} pid=0 command={command}");
@@ -195,14 +200,5 @@ impl Connection<'_> {
             bytes = &bytes[length..];
         }
         Ok(())
-    }
-
-    /// Ends the connection so that the answer survives: closing a socket with unread input sends a reset, which
-    /// can overtake the answer and have it thrown away (RFC 9112 section 9.6). So the server says that nothing
-    /// more comes, and reads what still does, for a moment.
-    fn linger(&mut self) {
-        let _ = self.client.socket.shutdown(Shutdown::Write);
-        self.allow(LINGER_TIME);
-        let _ = io::copy(self.input.get_mut(), &mut io::sink());
     }
 }

@@ -14,7 +14,7 @@ const QUEUE: usize = 512;
 /// So much of a text is logged. It stays far below the 48 KiB at which journald cuts a line in two, and a
 /// second half could be made to look like a line of its own.
 const LONGEST_TEXT: usize = 8_000;
-/// Of the token. Fewer characters stand in many a text by chance, and tell nothing.
+/// The shortest part of the token that is left out. Fewer characters stand in many a text by chance, and tell nothing.
 const SHORTEST_PART: usize = 4;
 /// How long the program's end waits for the last lines to be written.
 pub const LAST_MOMENT: Duration = Duration::from_millis(150);
@@ -57,8 +57,9 @@ pub fn line(happening: Arguments) {
     }
 }
 
-/// A text from outside, as a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII escaped,
-/// the token as `***`, and so what may be a part of it that the text's ends cut off.
+/// A text from outside, as a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII escaped, and the
+/// token as `***`. The beginning of it at the text's end, and the end of it at the text's beginning, are left out, too,
+/// since output arrives in pieces.
 pub fn quoted(text: &[u8]) -> String {
     let mut text = escape(text);
     if let Some(token) = TOKEN.get() {
@@ -77,10 +78,11 @@ pub fn quoted(text: &[u8]) -> String {
     format!("\"{text}{cut}\"")
 }
 
-/// The same of a text as it was sent; or, where only there the token can be seen and left out, of its meaning.
+/// [`quoted`], for a text that can be written in several ways, by escapes and quotes: as it was `sent`, unless the token
+/// stands in what it means, since in what was sent it may be hidden.
 pub fn quoted_as_sent(sent: &[u8], meaning: &[u8]) -> String {
-    let hides = TOKEN.get().is_some_and(|token| escape(meaning).contains(token));
-    quoted(if hides { meaning } else { sent })
+    let has_token = TOKEN.get().is_some_and(|token| escape(meaning).contains(token));
+    quoted(if has_token { meaning } else { sent })
 }
 
 fn escape(text: &[u8]) -> String {

@@ -40,11 +40,6 @@ impl Stream {
         self.event("start", &format!("\"pid\":{pid},\"heartbeat\":{heartbeat}"), b"");
     }
 
-    /// The `err` event, which says in words what went wrong.
-    pub fn error(&mut self, why: &str) {
-        self.event("err", "", why.as_bytes());
-    }
-
     /// Something to send that says nothing: it keeps the stream alive, and brings out a client that has
     /// gone. Among events it is a comment, with no empty line behind it, which some clients take for an event.
     /// Plain text has none. There it is a leading zero of the next chunk's size, as long as there are few: `0`, and later
@@ -96,7 +91,7 @@ impl Stream {
     /// An event, if this is a stream of such, and there is something to say. Its data has `type`, then `members`, or
     /// as `out` the text of `bytes`, decoded (WHATWG Encoding section 8.1.1: one U+FFFD for each maximal part of a
     /// character that breaks off, which is how std counts too).
-    fn event(&mut self, event: &str, members: &str, bytes: &[u8]) {
+    pub fn event(&mut self, event: &str, members: &str, bytes: &[u8]) {
         if !self.is_events || (members.is_empty() && bytes.is_empty()) {
             return;
         }

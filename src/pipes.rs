@@ -16,7 +16,7 @@ pub const TICK: Duration = Duration::from_millis(100);
 /// What a reader waits, before it sees whether the run is over. Mostly a pipe's end wakes it before; it matters
 /// only for a pipe that somebody else keeps open, and a silent stream is to cost few wake-ups.
 const READ_TICK: Duration = Duration::from_millis(500);
-/// Of a read.
+/// The most that one read takes.
 const BUFFER: usize = 32 << 10;
 /// The most that a pipe holds unless root says otherwise (pipe(7)).
 const MOST_IN_PIPE: usize = 1 << 20;
@@ -45,6 +45,8 @@ pub fn read(mut pipe: File, source: usize, messages: &Sender, is_over: &AtomicBo
     sys::set_nonblocking(&pipe);
     let mut rest = MOST_IN_PIPE;
     while rest > 0 {
+        // Looked at before the read: what was in the pipe when the run was over is still read, up to the first read that
+        // finds nothing.
         let is_last = is_over.load(SeqCst);
         if !is_last && sys::poll_one(&pipe, POLLIN, READ_TICK) == 0 {
             continue;

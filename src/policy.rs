@@ -103,7 +103,7 @@ impl Allowed {
     /// with any further arguments. A star that is quoted is one, as is one that is all there is.
     pub fn parse(text: &str) -> Result<Allowed, Refusal> {
         let mut words = words::split(text.as_bytes())?;
-        // Quoted, or with its blank a part of a word, the star is not the text's end, or no word by itself.
+        // Both are asked: `ls "*"` has the last word, but ends in a quote; `ls a\ *` has the end, but the last word `a *`.
         let is_last_word = words.len() > 1 && words.last().is_some_and(|word| word == b"*");
         let is_open = is_last_word && (text.ends_with(" *") || text.ends_with("\t*"));
         if is_open {

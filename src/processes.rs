@@ -3,6 +3,7 @@
 //! Read only when something is to be killed: to find what a command started outside its process group,
 //! and all that is left of the server's session once the server has ended.
 
+use crate::sys::{EMFILE, ENFILE};
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::{fs, process, time::Instant};
 
@@ -33,12 +34,13 @@ struct Last {
     is_busy: bool,
 }
 
-/// All processes, in no order, as they were at some moment after this call began; none where [`is_known`]
-/// does not hold. Where many clients leave at once, many threads ask at once, and what one of them reads is shared by
-/// all that asked before it began.
+/// All processes, in no order, each as it was at some moment after this call began; none where [`is_known`] does not
+/// hold, or no descriptor is left to read with. Where many clients leave at once, many threads ask at once, and what
+/// one of them reads is shared by all that asked before it began.
 pub fn all() -> Vec<Process> {
     static LAST: Mutex<Last> = Mutex::new(Last { begun: None, found: Vec::new(), is_busy: false });
     static IS_READ: Condvar = Condvar::new();
+    // A reading that began before this does not count; None, where there was no reading yet, is less than any time.
     let asked = Some(Instant::now());
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     while last.begun <= asked && last.is_busy {
@@ -60,19 +62,27 @@ fn read_all() -> Vec<Process> {
     let mut processes = Vec::new();
     if is_known() {
         for folder in fs::read_dir("/proc").into_iter().flatten().flatten() {
-            // Not every folder is a process, and a process may have ended since.
-            let stat = fs::read(folder.path().join("stat")).unwrap_or_default();
+            let stat = match fs::read(folder.path().join("stat")) {
+                // Those that were read would make the others look as if they had ended.
+                Err(error) if matches!(error.raw_os_error(), ENFILE | EMFILE) => return Vec::new(),
+                // Not every folder is a process, and a process may have ended since.
+                stat => stat.unwrap_or_default(),
+            };
             processes.extend(parse(&String::from_utf8_lossy(&stat)));
         }
     }
     processes
 }
 
-/// Of `processes`, `leader`, its group, those of `known` that are still there, and all that descend from these,
-/// the oldest first: as far as they belong to the session that the server leads, and all commands share.
+/// Of `processes`, `leader` and its group, those of `known` that are still there and the groups that they lead or led,
+/// and all that descend from these, the oldest first: as far as they belong to the session that the server leads, and
+/// all commands share.
 pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
     processes.retain(|p| p.session == process::id());
-    let is_known = |p: &Process| known.iter().any(|k| (k.pid, k.start) == (p.pid, p.start));
+    // Another start time means that the number, as a process's and so as a group's, has been given again.
+    let is_same = |k: &&Process| processes.iter().all(|p| p.pid != k.pid || p.start == k.start);
+    let known: Vec<_> = known.iter().filter(is_same).collect();
+    let is_known = |p: &Process| known.iter().any(|k| k.pid == p.pid || k.pid == p.group);
     let (mut newest, mut others): (Vec<_>, Vec<_>) =
         processes.into_iter().partition(|p| p.pid == leader || p.group == leader || is_known(p));
     // Generation by generation.
@@ -153,13 +163,17 @@ mod tests {
             // Known from before: one is the same, one has got its number since.
             process(30, 1, 30, own),
             process(31, 1, 31, own),
+            process(32, 1, 31, own),
+            // Of a group whose leader was known, and has ended since.
+            process(51, 1, 50, own),
             // Of its group, though its parent is gone.
             process(40, 1, 10, own),
             process(41, 40, 41, own),
         ];
         let other = Process { start: 7, ..process(31, 10, 12, own) };
-        let found = family(all, 10, &[process(30, 10, 30, own), other]);
+        let known = [process(30, 10, 30, own), other, process(50, 10, 50, own)];
+        let found = family(all, 10, &known);
         let numbers: Vec<u32> = found.iter().map(|process| process.pid).collect();
-        assert_eq!(numbers, [10, 11, 12, 30, 40, 41, 9]);
+        assert_eq!(numbers, [10, 11, 12, 30, 40, 41, 51, 9]);
     }
 }

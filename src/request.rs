@@ -98,11 +98,11 @@ impl Request {
     /// Whether it asks to go on with what has ended: the reconnect of an `EventSource`; or the rest of an answer that
     /// broke off, for which wget asks by `Range`.
     pub fn is_reconnect(&self) -> bool {
-        let has_id = self.field("last-event-id").is_some_and(|id| !id.is_empty());
-        has_id || self.field("range").is_some()
+        self.field("last-event-id").is_some_and(|id| !id.is_empty())
+            || self.field("range").is_some()
     }
 
-    /// Whether the content can be the form that holds the command. None at all counts as an empty one.
+    /// Whether the content can be the form that holds the command. No content type counts as a form's.
     pub fn check_form(&self) -> Result<(), Refusal> {
         let value = self.field("content-type").unwrap_or(FORM_TYPE);
         let (media_type, _) = value.split_once(';').unwrap_or((value, ""));
@@ -153,8 +153,8 @@ impl Request {
             self.content_length = length.parse::<i64>().map_err(|_| refusal::LENGTH)? as u64;
         }
         let expect = self.field("expect").unwrap_or("100-continue");
-        let is_met = expect.eq_ignore_ascii_case("100-continue") || self.minor_version == 0;
-        ensure(is_met, refusal::EXPECT)?;
+        let is_met = expect.eq_ignore_ascii_case("100-continue");
+        ensure(is_met || self.minor_version == 0, refusal::EXPECT)?;
         // A second one would make it a list, with a comma.
         let is_of_host = |c: char| c.is_ascii_alphanumeric() || "-._~%!$&'()*+;=:[]".contains(c);
         let is_good = match self.field("host") {
@@ -190,8 +190,8 @@ pub struct Form {
     pub is_reconnect: bool,
 }
 
-/// Reads a query, or `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but what stands between two
-/// `&` is a field here even where it is nothing).
+/// Reads a query, or `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but nothing between two `&` is
+/// refused here as an unknown field, since it shows that a command was not encoded).
 pub fn parse_form(form: &[u8]) -> Result<Form, Refusal> {
     let mut parsed = Form::default();
     if form.is_empty() {

@@ -20,7 +20,7 @@ pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     style-src 'sha256-AmjkUq9OY+RRVliTJsq+yR3StDAZmCqZxMMnGphYIe0='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 
-/// What a foreign page may send and read, after the origin. All but the last field is for preflights.
+/// Behind the origin of a foreign page: what a preflight asks, whether it may send that; and for caches, that answers differ.
 const FOREIGN_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
     Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\nVary: Origin\r\n";
 

@@ -26,7 +26,7 @@ const ENOUGH: usize = 64 << 10;
 const QUIET_TURNS: u32 = 3;
 /// A leader that was sent SIGKILL is dead by then, or cannot be killed.
 const KILL_TIME: Duration = Duration::from_secs(1);
-/// By so much each wait for a leader to exit, whose outputs have ended, is longer than the one before.
+/// Once both outputs have ended, the waits for the leader's exit are 0, 1, 2, … times this, up to a tick.
 const EXIT_WAIT: Duration = Duration::from_micros(50);
 /// How long a client that takes nothing can hold up the server's end.
 const LAST_STALL: Duration = Duration::from_millis(700);
@@ -91,9 +91,8 @@ pub fn run(
     let (child, outputs, stdin) = Child::start(words, content.is_some())?;
     log::line(format_args!("run peer={} pid={} command={command}", client.peer, child.pid));
     let (sender, messages) = sync_channel(CHANNEL);
-    let is_over = AtomicBool::new(false);
-    // The sender stays here, too: a wait for a message waits also where the readers have ended. The threads borrow both.
-    let (sender, is_over) = (&sender, &is_over);
+    // One sender stays here: otherwise, once the readers have ended, recv_timeout would return at once.
+    let (sender, is_over) = (&sender, &AtomicBool::new(false));
     let mut run = Run {
         child,
         client,
@@ -118,8 +117,9 @@ pub fn run(
             builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
         }
         let why_ended = run.live();
-        // Takes the run, which therefore belongs to this closure, and is dropped on every way out of it, before the
-        // scope waits for the threads. It tells them to end.
+        // `finish` takes the run by value, so the closure owns it. However the closure is left, by `?`, a panic or its end,
+        // the run is dropped before the scope waits for the threads. Its Drop tells them to end, and without its
+        // receiver none of them can wait in `send`.
         Ok(run.finish(why_ended, place))
     });
     ensure(done.map_err(|_| refusal::BUSY.about("thread"))?, refusal::GONE)
@@ -159,8 +159,9 @@ impl Drop for Run<'_> {
     /// On every way out, also where a thread could not be started or this one panics, the threads end, and
     /// no command is left.
     fn drop(&mut self) {
-        self.is_over.store(true, SeqCst);
+        // In this order: a feeder that ends closes the command's input, which must not take the part for the whole.
         self.child.end();
+        self.is_over.store(true, SeqCst);
     }
 }
 
@@ -171,10 +172,10 @@ impl Run<'_> {
         self.stream.start(pid, self.client.limits.heartbeat.as_secs_f64());
         let cause = self.follow();
         if let Some(cause) = &cause {
-            self.stream.error(cause.text);
+            self.stream.event("err", "", cause.text.as_bytes());
             self.end_all();
         }
-        // By itself a command ends with its group alone.
+        // After a command's own end only its group is killed. (After `end_all` this finds nobody, or hits again.)
         sys::send_group(pid, sys::SIGKILL);
         // What it has printed until now is still read, and sent.
         self.is_over.store(true, SeqCst);
@@ -207,8 +208,8 @@ impl Run<'_> {
         self.child.signal(&[sys::SIGTERM, sys::SIGCONT]);
         let asked = Instant::now();
         while asked.elapsed() < self.client.limits.grace && !IS_URGENT.load(SeqCst) {
-            // What has just printed lives; only then is /proc read. (An open pipe says nothing: it may be held by who
-            // has left the session.)
+            // A turn with output shows that something lives, so /proc is read only after one without. An open pipe shows
+            // nothing: a process outside the session may hold it.
             if self.quiet_turns > 0 && sys::has_exited(self.child.pid) && self.child.is_dead() {
                 return;
             }
@@ -249,9 +250,9 @@ impl Run<'_> {
 
     /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
     fn receive(&mut self) {
-        // Where both outputs have ended, it is the leader's exit that is waited for. Nothing tells of that, but mostly it
-        // follows at once: so the waits are short at first, and grow.
-        let wait = if self.open_outputs > 0 { TICK } else { EXIT_WAIT * self.quiet_turns };
+        // Both outputs have ended, but not the leader: its exit is mostly a matter of microseconds, and nothing tells of it.
+        let is_exit_due = self.open_outputs == 0 && !sys::has_exited(self.child.pid);
+        let wait = if is_exit_due { EXIT_WAIT * self.quiet_turns } else { TICK };
         let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
         self.quiet_turns = if next.is_some() { 0 } else { self.quiet_turns + 1 };
         while let Some(message) = next {
@@ -285,6 +286,7 @@ impl Run<'_> {
                 self.stream.unsent.drain(..length);
                 self.written = Instant::now();
             }
+            // After a silence it can be over at once: the buffer is full of what was sent before, of which nothing was taken.
             Err(error) if is_passing(&error) && self.written.elapsed() < longest_stall => {}
             // TCP_USER_TIMEOUT may be the first to notice a stall.
             Err(error) if is_passing(&error) || error.kind() == ErrorKind::TimedOut => {
@@ -298,15 +300,15 @@ impl Run<'_> {
     fn look_at_client(&mut self) {
         let state = sys::poll_one(self.client.socket, POLLIN | POLLRDHUP, Duration::ZERO);
         let is_half_closed = state & POLLRDHUP != 0;
-        // Plain text has no comments by which to probe a half-closed client: there it counts as gone.
+        // As plain text a half-close counts as leaving.
         if state & (POLLERR | POLLHUP) != 0 || (is_half_closed && !self.stream.is_events) {
             self.lost.get_or_insert("gone");
         }
-        // Who closes the whole connection looks half-closed, too, until something is sent: that brings a reset, which
-        // a later turn sees.
+        // A client that has closed everything looks half-closed first, too. One comment decides: who has closed answers it
+        // with a reset, which a later turn sees as POLLERR or POLLHUP.
         let is_in_doubt = is_half_closed && !self.is_probed;
-        // Plain text is silent by nature. But where unread input (POLLIN) fills TCP's window, the client's end cannot
-        // arrive; again what is sent brings a reset.
+        // Plain text is probed, as far as it can be, only while unread input waits (POLLIN): it may fill TCP's window,
+        // behind which the client's end cannot arrive.
         let may_comment = self.stream.is_events || state & POLLIN != 0;
         let is_due = may_comment && self.written.elapsed() >= self.client.limits.heartbeat;
         if self.lost.is_none() && self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
@@ -319,13 +321,14 @@ impl Run<'_> {
     /// the client got it.
     fn finish(mut self, why_ended: Option<&'static str>, place: Place) -> bool {
         let status = self.child.reap();
+        // Before `exit` is sent: who has read it may start the next command at once.
         drop(place);
         let code = status.and_then(|status| status.code());
         let signal = status.and_then(|status| status.signal());
         let mut out = why_ended.unwrap_or(if signal.is_some() { "killed" } else { "exited" });
         if status.is_none() {
             out = "left";
-            self.stream.error("this server cannot kill the command, which goes on");
+            self.stream.event("err", "", b"this server cannot kill the command, which goes on");
         }
         let numbers = self.stream.exit(out, code, signal, self.started.elapsed().as_millis());
         while !self.stream.unsent.is_empty() {

@@ -27,7 +27,7 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     // std's `accept` would go on after a signal, so it is not what waits.
     listener.set_nonblocking(true)?;
     let config = Arc::new(config);
-    // Each connection's thread holds it, and this one.
+    // Each connection's thread holds a clone of it for as long as it lives.
     let connections = || Arc::strong_count(&config) - 1;
     while !sys::is_ending() {
         if connections().saturating_sub(RUNNING.load(SeqCst)) >= MOST_WAITING {

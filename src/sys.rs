@@ -2,7 +2,7 @@
 //! behind a safe function.
 //!
 //! They are declared by hand, since a crate for them would be a dependency. Numbers have the names of
-//! their man pages, and hold for Linux where they are the common ones; elsewhere the program does not
+//! their man pages, and hold for Linux; where it has other ones, on MIPS and SPARC, the program does not
 //! compile rather than misbehave. "Numbers alone" in a SAFETY comment: the call gets no pointer, and so
 //! touches no memory.
 
@@ -99,7 +99,7 @@ pub fn is_ending() -> bool {
 pub fn fork_server() -> io::Result<Option<u32>> {
     const PR_SET_PDEATHSIG: c_int = 1;
     let parent = process::id();
-    // Signals wait until it is known to whom they are to be handed on.
+    // Signals wait until SERVER is stored: one that came between fork and that would not be handed on.
     block_signals(c_ulong::MAX);
     // SAFETY: the handlers do only what signal-safety(7) admits.
     unsafe {
@@ -113,7 +113,7 @@ pub fn fork_server() -> io::Result<Option<u32>> {
         }
         // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
         signal(SIGXFSZ, Some(do_nothing));
-        // Whoever starts this may ignore it, which would make every wait for a child fail. None is SIG_DFL.
+        // The default, which is a null handler: whoever starts this may ignore it, and every wait for a child would fail.
         signal(SIGCHLD, None);
     }
     // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.

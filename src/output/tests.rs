@@ -80,7 +80,7 @@ fn the_contract_s_example() {
     stream.start(4711, 15.0);
     stream.output(STDOUT, b"total 12\n".to_vec());
     stream.output(STDERR, b"ls: x: No such file or directory\n".to_vec());
-    stream.error("a \"word\"");
+    stream.event("err", "", "a \"word\"".as_bytes());
     stream.exit("exited", Some(2), None, 6);
     stream.exit("killed", None, Some(9), 7);
     let expected = [
@@ -178,7 +178,7 @@ fn each_piece_is_a_chunk() {
     stream.output(STDOUT, b"z".to_vec());
     let expected = [&expected[300..], b"1\r\nz\r\n"].concat();
     assert_eq!(sent(&mut stream), expected);
-    stream.error("not in plain text");
+    stream.event("err", "", "not in plain text".as_bytes());
     assert_eq!(sent(&mut stream), b"");
     stream.exit("exited", Some(3), None, 0);
     assert_eq!(sent(&mut stream), b"0\r\nExit-Code: 3\r\n\r\n");

@@ -222,6 +222,16 @@ fn families(folder: &Folder) -> Vec<(String, usize)> {
             ),
             3,
         ),
+        // It does so, and ends at once itself.
+        (
+            script(
+                "4",
+                &format!(
+                    "sh {in_group} 0 'trap \"sleep 1000 & exit\" TERM; while :; do sleep 1000 & wait; done' & wait"
+                ),
+            ),
+            3,
+        ),
     ]
 }
 
@@ -242,7 +252,7 @@ fn a_hang_up_kills_descendants_of_other_groups() {
     drop(clients);
     server.session_has(0);
     server.comes_to_rest(rest);
-    wait_for("all to be logged", || server.log().matches("out=gone").count() == 5);
+    wait_for("all to be logged", || server.log().matches("out=gone").count() == 6);
 }
 
 #[test]
