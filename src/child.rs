@@ -1,7 +1,8 @@
-//! A command as a process group with its pipes: started, signalled with all that it started, and reaped.
+//! A command as a process group with its pipes: started, signalled with all that it started, and
+//! reaped.
 //!
-//! A leader that has exited stays a zombie until its group has been killed, so that the group's number cannot
-//! have gone to somebody else: drain, signal, reap.
+//! A leader that has exited stays a zombie until its group has been killed, so that the group's
+//! number cannot have gone to somebody else: drain, signal, reap.
 
 use crate::refusal::{self, Refusal, error_text, shown};
 use crate::sys::{self, EMFILE, ENAMETOOLONG, ENFILE};
@@ -25,13 +26,14 @@ pub struct Child {
 type Started = (Child, [File; 2], Option<ChildStdin>);
 
 impl Child {
-    /// Starts a command, of at least one word, in a process group of its own. Returns also the server's ends of its
-    /// pipes: stdout and stderr, and stdin where it is fed.
+    /// Starts a command, of at least one word, in a process group of its own. Returns also the
+    /// server's ends of its pipes: stdout and stderr, and stdin where it is fed.
     pub fn start(words: &[Vec<u8>], is_fed: bool) -> Result<Started, Refusal> {
         let words: Vec<&OsStr> = words.iter().map(|word| OsStr::from_bytes(word)).collect();
-        // std starts it by posix_spawn(3) as long as no user, no directory, no environment and no code of our own is
-        // set here. Otherwise it would fork the whole server, which costs two to three times as much, and then call
-        // execvp(3), which hands a file that the kernel cannot execute to a shell.
+        // std starts it by posix_spawn(3) as long as no user, no directory, no environment and no
+        // code of our own is set here. Otherwise it would fork the whole server, which costs two to
+        // three times as much, and then call execvp(3), which hands a file that the kernel cannot
+        // execute to a shell.
         let mut command = Command::new(words[0]);
         command.args(&words[1..]).process_group(0);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -50,16 +52,18 @@ impl Child {
 
     /// Sends signals to the command and to all that it started.
     ///
-    /// All of it is stopped first: what runs could start more after /proc was read, and once its parent has ended,
-    /// nothing tells any more whose that is. /proc is read until it shows no more than before.
+    /// All of it is stopped first: what runs could start more after /proc was read, and once its
+    /// parent has ended, nothing tells any more whose that is. /proc is read until it shows no more
+    /// than before.
     ///
-    /// The command's own group is signalled as a whole; a process in another group by itself, since others may be in
-    /// that. The kernel sends SIGHUP to a group that is orphaned while a process in it is stopped (exit(3)). Hence two
-    /// rules: no process is stopped in a group whose leader is not of the family, and children go on before their
-    /// parents.
+    /// The command's own group is signalled as a whole; a process in another group by itself, since
+    /// others may be in that. The kernel sends SIGHUP to a group that is orphaned while a process
+    /// in it is stopped (exit(3)). Hence two rules: no process is stopped in a group whose leader
+    /// is not of the family, and children go on before their parents.
     ///
-    /// Left alone is a process that has called setsid(2), or has a group of its own and lost its parent before all
-    /// this. (One that is just calling setsid(2) may stay stopped: nothing tells any more that it was the command's.)
+    /// Left alone is a process that has called setsid(2), or has a group of its own and lost its
+    /// parent before all this. (One that is just calling setsid(2) may stay stopped: nothing tells
+    /// any more that it was the command's.)
     pub fn signal(&mut self, signals: &[i32]) {
         sys::send_group(self.pid, sys::SIGSTOP);
         self.find_family();
@@ -84,8 +88,8 @@ impl Child {
         }
     }
 
-    /// Whether of the command, which has exited, and of all that it started nobody lives any more. Without /proc
-    /// nobody can tell.
+    /// Whether of the command, which has exited, and of all that it started nobody lives any more.
+    /// Without /proc nobody can tell.
     pub fn is_dead(&mut self) -> bool {
         self.find_family();
         // The leader is there in any case, a zombie.
@@ -100,8 +104,8 @@ impl Child {
         }
     }
 
-    /// Reaps the leader. One that cannot be killed has no status; a thread is left behind to reap it. Without a
-    /// thread it becomes a zombie until the server ends.
+    /// Reaps the leader. One that cannot be killed has no status; a thread is left behind to reap
+    /// it. Without a thread it becomes a zombie until the server ends.
     pub fn reap(&mut self) -> Option<ExitStatus> {
         let mut process = self.process.take()?;
         if sys::has_exited(self.pid) {

@@ -13,7 +13,8 @@ pub fn rfc3339(millis: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{time}.{:03}Z", millis % 1000)
 }
 
-/// `Sun, 22 Nov 2026 12:00:00 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), as the `Date` field has it.
+/// `Sun, 22 Nov 2026 12:00:00 GMT` (IMF-fixdate, RFC 9110 section 5.6.7), as the `Date` field has
+/// it.
 pub fn imf_fixdate(millis: u64) -> String {
     let (year, month, day, time) = calendar(millis / 1000);
     // 1970 began on a Thursday.
@@ -22,7 +23,8 @@ pub fn imf_fixdate(millis: u64) -> String {
     format!("{weekday}, {day:02} {month} {year:04} {time} GMT")
 }
 
-/// Year, month and day in the Gregorian calendar, and the time of day, of a second counted from 1970-01-01.
+/// Year, month and day in the Gregorian calendar, and the time of day, of a second counted from
+/// 1970-01-01.
 fn calendar(seconds: u64) -> (u64, usize, u64, String) {
     let leap_days = |year: u64| u64::from(year % 4 == 0 && (year % 100 != 0 || year % 400 == 0));
     // Counted from 0, until months and days are told.

@@ -13,8 +13,8 @@ pub struct Config {
     no_token: bool,
 }
 
-/// Why the program ends before it serves: its exit status and what it says. 2 is a wrong command line, 1
-/// something that it asks for and that cannot be had.
+/// Why the program ends before it serves: its exit status and what it says. 2 is a wrong command
+/// line, 1 something that it asks for and that cannot be had.
 pub struct Exit(pub u8, pub String);
 
 /// Cargo.toml's version, by hand: a build by rustc alone has no `CARGO_PKG_VERSION`.
@@ -61,7 +61,8 @@ impl Config {
         self.listen.unwrap_or(SocketAddr::from(([127, 0, 0, 1], 3000)))
     }
 
-    /// Takes an option; its value is behind `=`, or the next one of `args`. Fails with what it has to be.
+    /// Takes an option; its value is behind `=`, or the next one of `args`. Fails with what it has
+    /// to be.
     fn take(&mut self, argument: &str, args: &mut Iter<String>) -> Result<(), &'static str> {
         let (name, given) = match argument.split_once('=') {
             Some((name, value)) if name.starts_with("--") => (name, Some(value)),

@@ -10,7 +10,8 @@ use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{IpAddr, Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
-/// Each of three has so long, however it trickles: the first byte of a request, the rest of its head, its form.
+/// Each of three has so long, however it trickles: the first byte of a request, the rest of its
+/// head, its form.
 const ARRIVAL_TIME: Duration = Duration::from_secs(5);
 /// How long a client may go on sending after an answer that ends the connection.
 const LINGER_TIME: Duration = Duration::from_secs(2);
@@ -30,8 +31,9 @@ pub fn serve(client: Client, rules: &Rules) -> io::Result<()> {
     let input = BufReader::with_capacity(BUFFER, Input { socket, deadline: Instant::now() });
     let mut connection = Connection { client, local, rules, input };
     while connection.has_request()? && connection.exchange() {}
-    // Closing a socket with unread input sends a reset, which can overtake the last answer and have it thrown away
-    // (RFC 9112 section 9.6). So the server says that nothing more comes, and reads what still does, for a moment.
+    // Closing a socket with unread input sends a reset, which can overtake the last answer and have
+    // it thrown away (RFC 9112 section 9.6). So the server says that nothing more comes, and reads
+    // what still does, for a moment.
     let _ = socket.shutdown(Shutdown::Write);
     connection.allow(LINGER_TIME);
     let _ = io::copy(connection.input.get_mut(), &mut io::sink());
@@ -58,8 +60,8 @@ impl Read for Input<'_> {
     }
 }
 
-/// Repeats a call that waits for a tick, until it has done something or failed. Fails with `TimedOut` once the
-/// deadline has passed, and when the server ends with the call's own error.
+/// Repeats a call that waits for a tick, until it has done something or failed. Fails with
+/// `TimedOut` once the deadline has passed, and when the server ends with the call's own error.
 fn try_until(deadline: Instant, mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     while Instant::now() < deadline {
         match call() {
@@ -76,7 +78,8 @@ impl Connection<'_> {
         self.input.get_mut().deadline = Instant::now() + time;
     }
 
-    /// Waits for a request to begin, or the client to end. What has begun has as much time again to arrive.
+    /// Waits for a request to begin, or the client to end. What has begun has as much time again to
+    /// arrive.
     fn has_request(&mut self) -> io::Result<bool> {
         self.allow(ARRIVAL_TIME);
         let has_begun = !self.input.fill_buf()?.is_empty();
@@ -131,8 +134,9 @@ impl Connection<'_> {
         if request.method == "HEAD" {
             return self.write(&head);
         }
-        // Content that was not the form is the command's standard input: first what came with the head and is in the
-        // buffer (from where it is copied: no request follows it), then the socket's.
+        // Content that was not the form is the command's standard input: first what came with the
+        // head and is in the buffer (from where it is copied: no request follows it), then the
+        // socket's.
         let length = request.content_length;
         let is_fed = request.method == "POST" && request.form.is_empty() && length > 0;
         let interim = if is_fed && request.expects_continue() { CONTINUE } else { "" };
@@ -142,7 +146,8 @@ impl Connection<'_> {
         let content = if is_fed { Some(content) } else { None };
         let text = quoted_as_sent(&command, &words.join(&b' '));
         match run::run(&text, &words, content, self.client, stream) {
-            // There is no such program (404), or it cannot be run (403): as events, a stream that says so.
+            // There is no such program (404), or it cannot be run (403): as events, a stream that
+            // says so.
             Err(refusal) if is_events && matches!(refusal.status, 403 | 404) => {
                 self.fail(&refusal, &text, Stream::new(true, is_chunked, head))
             }

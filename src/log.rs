@@ -1,9 +1,9 @@
-//! The log: one line per happening on stderr, in a form that text from outside can neither forge nor use to
-//! reach a terminal.
+//! The log: one line per happening on stderr, in a form that text from outside can neither forge
+//! nor use to reach a terminal.
 //!
-//! A thread of its own writes it, from a bounded queue: a write to stderr may wait for ever (a pipe that
-//! nobody reads, Ctrl-S), and nothing else is to wait with it. Who finds no room in the queue counts the
-//! line as lost and goes on.
+//! A thread of its own writes it, from a bounded queue: a write to stderr may wait for ever (a pipe
+//! that nobody reads, Ctrl-S), and nothing else is to wait with it. Who finds no room in the queue
+//! counts the line as lost and goes on.
 
 use crate::clock::{rfc3339, unix_millis};
 use std::sync::{OnceLock, atomic::AtomicUsize, atomic::Ordering::SeqCst, mpsc};
@@ -11,10 +11,11 @@ use std::{fmt::Arguments, io, io::Write, thread, time::Duration};
 
 /// Lines that wait to be written: 12 MiB at the most, with three texts each.
 const QUEUE: usize = 512;
-/// So much of a text is logged. It stays far below the 48 KiB at which journald cuts a line in two, and a
-/// second half could be made to look like a line of its own.
+/// So much of a text is logged. It stays far below the 48 KiB at which journald cuts a line in two,
+/// and a second half could be made to look like a line of its own.
 const LONGEST_TEXT: usize = 8_000;
-/// The shortest part of the token that is left out. Fewer characters stand in many a text by chance, and tell nothing.
+/// The shortest part of the token that is left out. Fewer characters stand in many a text by
+/// chance, and tell nothing.
 const SHORTEST_PART: usize = 4;
 /// How long the program's end waits for the last lines to be written.
 pub const LAST_MOMENT: Duration = Duration::from_millis(150);
@@ -37,8 +38,8 @@ pub fn start(token: Option<&String>) -> io::Result<()> {
         for line in lines {
             let (lost, now) = (LOST.swap(0, SeqCst), rfc3339(unix_millis()));
             let told = if lost > 0 { format!("{now} lost lines={lost}\n") } else { String::new() };
-            // Fails on a full disk, in a file at its size limit, in a closed pipe. Half of it may stand there
-            // then, behind which no other line may begin.
+            // Fails on a full disk, in a file at its size limit, in a closed pipe. Half of it may
+            // stand there then, behind which no other line may begin.
             let written = io::stderr().write_all(format!("{begin}{told}{line}").as_bytes());
             begin = if written.is_ok() { "" } else { "\n" };
             if written.is_err() {
@@ -57,9 +58,9 @@ pub fn line(happening: Arguments) {
     }
 }
 
-/// A text from outside, as a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII escaped, and the
-/// token as `***`. The beginning of it at the text's end, and the end of it at the text's beginning, are left out, too,
-/// since output arrives in pieces.
+/// A text from outside, as a value in a line: quoted, with `"`, `\`, controls and all beyond ASCII
+/// escaped, and the token as `***`. The beginning of it at the text's end, and the end of it at the
+/// text's beginning, are left out, too, since output arrives in pieces.
 pub fn quoted(text: &[u8]) -> String {
     let mut text = escape(text);
     if let Some(token) = TOKEN.get() {
@@ -78,8 +79,8 @@ pub fn quoted(text: &[u8]) -> String {
     format!("\"{text}{cut}\"")
 }
 
-/// [`quoted`], for a text that can be written in several ways, by escapes and quotes: as it was `sent`, unless the token
-/// stands in what it means, since in what was sent it may be hidden.
+/// [`quoted`], for a text that can be written in several ways, by escapes and quotes: as it was
+/// `sent`, unless the token stands in what it means, since in what was sent it may be hidden.
 pub fn quoted_as_sent(sent: &[u8], meaning: &[u8]) -> String {
     let has_token = TOKEN.get().is_some_and(|token| escape(meaning).contains(token));
     quoted(if has_token { meaning } else { sent })

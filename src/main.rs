@@ -1,8 +1,8 @@
-//! SSECommander: runs commands over HTTP and streams their output as Server-Sent Events, from the standard
-//! library alone.
+//! SSECommander: runs commands over HTTP and streams their output as Server-Sent Events, from the
+//! standard library alone.
 //!
-//! The modules are in reading order. Data flows one way: from socket bytes to a request, past the policy to a
-//! command, and back as output, events and bytes.
+//! The modules are in reading order. Data flows one way: from socket bytes to a request, past the
+//! policy to a command, and back as output, events and bytes.
 #![deny(unsafe_code)]
 
 mod config;
@@ -28,8 +28,9 @@ mod pipes;
 mod output;
 mod processes;
 
-mod clock;
 mod log;
+
+mod clock;
 #[allow(unsafe_code)]
 mod sys;
 

@@ -1,6 +1,6 @@
-//! A command's output as the bytes that go to the client: UTF-8 decoded across reads, escaped for JSON, framed
-//! as Server-Sent Events (WHATWG HTML section 9.2) and as chunks (RFC 9112 section 7.1). Bytes in, bytes out;
-//! no I/O.
+//! A command's output as the bytes that go to the client: UTF-8 decoded across reads, escaped for
+//! JSON, framed as Server-Sent Events (WHATWG HTML section 9.2) and as chunks (RFC 9112 section
+//! 7.1). Bytes in, bytes out; no I/O.
 
 use crate::clock::unix_millis;
 use std::{borrow::Cow, mem::take};
@@ -40,10 +40,10 @@ impl Stream {
         self.event("start", &format!("\"pid\":{pid},\"heartbeat\":{heartbeat}"), b"");
     }
 
-    /// Something to send that says nothing: it keeps the stream alive, and brings out a client that has
-    /// gone. Among events it is a comment, with no empty line behind it, which some clients take for an event.
-    /// Plain text has none. There it is a leading zero of the next chunk's size, as long as there are few: `0`, and later
-    /// `5`, are together the size of `05`.
+    /// Something to send that says nothing: it keeps the stream alive, and brings out a client that
+    /// has gone. Among events it is a comment, with no empty line behind it, which some clients
+    /// take for an event. Plain text has none. There it is a leading zero of the next chunk's size,
+    /// as long as there are few: `0`, and later `5`, are together the size of `05`.
     pub fn comment(&mut self) {
         if self.is_events {
             self.send(b":\n");
@@ -64,8 +64,9 @@ impl Stream {
         self.event(SOURCES[source], "", &piece);
     }
 
-    /// The end: what was never completed as a character; the `exit` event, with `out` as its word; the last
-    /// chunk, which has the outcome of plain text in its trailer. Returns the numbers as the log has them.
+    /// The end: what was never completed as a character; the `exit` event, with `out` as its word;
+    /// the last chunk, which has the outcome of plain text in its trailer. Returns the numbers as
+    /// the log has them.
     pub fn exit(&mut self, out: &str, code: Option<i32>, signal: Option<i32>, ms: u128) -> String {
         for (name, begun) in SOURCES.into_iter().zip(take(&mut self.unfinished)) {
             self.event(name, "", &begun);
@@ -88,9 +89,9 @@ impl Stream {
         format!("{logged} ms={ms} stdout_bytes={stdout} stderr_bytes={stderr}")
     }
 
-    /// An event, if this is a stream of such, and there is something to say. Its data has `type`, then `members`, or
-    /// as `out` the text of `bytes`, decoded (WHATWG Encoding section 8.1.1: one U+FFFD for each maximal part of a
-    /// character that breaks off, which is how std counts too).
+    /// An event, if this is a stream of such, and there is something to say. Its data has `type`,
+    /// then `members`, or as `out` the text of `bytes`, decoded (WHATWG Encoding section 8.1.1: one
+    /// U+FFFD for each maximal part of a character that breaks off, which is how std counts too).
     pub fn event(&mut self, event: &str, members: &str, bytes: &[u8]) {
         if !self.is_events || (members.is_empty() && bytes.is_empty()) {
             return;
@@ -102,7 +103,8 @@ impl Stream {
         let begin = format!("id: {id}\nevent: {event}\ndata: {{\"type\":\"{kind}\",{members}");
         let mut frame = begin.into_bytes();
         if !bytes.is_empty() {
-            // Without the first, which is the faster one, a stream of ASCII takes 1.3 times as long.
+            // Without the first, which is the faster one, a stream of ASCII takes 1.3 times as
+            // long.
             let text = match std::str::from_utf8(bytes) {
                 Ok(text) => Cow::Borrowed(text),
                 Err(_) => String::from_utf8_lossy(bytes),
@@ -137,8 +139,8 @@ fn unfinished_length(bytes: &[u8]) -> usize {
     (1..=bytes.len().min(3)).find(is_begun).unwrap_or(0)
 }
 
-/// Appends UTF-8 as the inside of a JSON string (RFC 8259 section 7): `"`, `\` and all below U+0020 escaped,
-/// nothing else.
+/// Appends UTF-8 as the inside of a JSON string (RFC 8259 section 7): `"`, `\` and all below U+0020
+/// escaped, nothing else.
 fn escape(mut text: &[u8], out: &mut Vec<u8>) {
     while let Some(place) = find_special(text) {
         out.extend_from_slice(&text[..place]);
@@ -157,13 +159,14 @@ fn escape(mut text: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(text);
 }
 
-/// Where the first byte stands that JSON must escape, looked for eight bytes at a time: 2.5 times the
-/// throughput of a search byte by byte, on lines of text.
+/// Where the first byte stands that JSON must escape, looked for eight bytes at a time: 2.5 times
+/// the throughput of a search byte by byte, on lines of text.
 fn find_special(text: &[u8]) -> Option<usize> {
     const ONES: u64 = u64::MAX / 255;
-    // Marks, by its top bit, each byte below `limit`: taking more from it than it holds borrows into that bit.
-    // What borrows also takes from the byte above it, which may be marked wrongly then; so the lowest mark
-    // is right, and it alone is used. A byte whose top bit was set before is not below any limit here.
+    // Marks, by its top bit, each byte below `limit`: taking more from it than it holds borrows
+    // into that bit. What borrows also takes from the byte above it, which may be marked wrongly
+    // then; so the lowest mark is right, and it alone is used. A byte whose top bit was set before
+    // is not below any limit here.
     let below = |word: u64, limit: u64| word.wrapping_sub(ONES * limit) & !word & (ONES << 7);
     let mut place = 0;
     while let Some(&word) = text[place..].first_chunk::<8>() {

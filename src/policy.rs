@@ -1,7 +1,7 @@
 //! Who may call, and what may run. Pure: a request and the rules in, a refusal out, or none.
 //!
-//! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields that the
-//! browser adds, which the rules look at, and it cannot know a token.
+//! Any page that is open in a browser can reach a server on localhost. It cannot choose the fields
+//! that the browser adds, which the rules look at, and it cannot know a token.
 
 use crate::refusal::{self, Refusal, ensure, shown};
 use crate::{request::Request, words};
@@ -26,8 +26,8 @@ pub struct Allowed {
 }
 
 impl Rules {
-    /// Checks who calls, and for what, in the order in which refusals take precedence. `local` is the address
-    /// that the connection came in on.
+    /// Checks who calls, and for what, in the order in which refusals take precedence. `local` is
+    /// the address that the connection came in on.
     pub fn check_caller(&self, request: &Request, local: IpAddr) -> Result<(), Refusal> {
         let (path, _) = request.path_and_query();
         let method = request.method.as_str();
@@ -99,11 +99,13 @@ impl Rules {
 }
 
 impl Allowed {
-    /// Reads the text of an `--allow`: a command line, and where the text ends in a blank and a bare `*`, one
-    /// with any further arguments. A star that is quoted is one, as is one that is all there is.
+    /// Reads the text of an `--allow`: a command line, and where the text ends in a blank and a
+    /// bare `*`, one with any further arguments. A star that is quoted is one, as is one that is
+    /// all there is.
     pub fn parse(text: &str) -> Result<Allowed, Refusal> {
         let mut words = words::split(text.as_bytes())?;
-        // Both are asked: `ls "*"` has the last word, but ends in a quote; `ls a\ *` has the end, but the last word `a *`.
+        // Both are asked: `ls "*"` has the last word, but ends in a quote; `ls a\ *` has the end,
+        // but the last word `a *`.
         let is_last_word = words.len() > 1 && words.last().is_some_and(|word| word == b"*");
         let is_open = is_last_word && (text.ends_with(" *") || text.ends_with("\t*"));
         if is_open {
@@ -130,11 +132,13 @@ fn equals_in_constant_time(token: &str, given: &str) -> bool {
     differences == 0 && token.len() == given.len()
 }
 
-/// Whether a `Host` can only mean this server. It stops DNS rebinding, where another site's name is made to
-/// resolve to this host's address. Whole names and parsed addresses are compared, never beginnings:
-/// `127.0.0.1.evil.test` is somebody else's. All below `.localhost` is this host (RFC 6761 section 6.3).
+/// Whether a `Host` can only mean this server. It stops DNS rebinding, where another site's name is
+/// made to resolve to this host's address. Whole names and parsed addresses are compared, never
+/// beginnings: `127.0.0.1.evil.test` is somebody else's. All below `.localhost` is this host (RFC
+/// 6761 section 6.3).
 fn means_here(host: &str, local: IpAddr) -> bool {
-    // std reads an address of either kind with a port. The port says nothing: a tunnel has another one.
+    // std reads an address of either kind with a port. The port says nothing: a tunnel has another
+    // one.
     if let Ok(address) = host.parse().or(format!("{host}:80").parse::<SocketAddr>()) {
         return address.ip().to_canonical() == local;
     }

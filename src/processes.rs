@@ -1,7 +1,7 @@
 //! The host's processes, as `/proc/*/stat` lists them (proc_pid_stat(5)).
 //!
-//! Read only when something is to be killed: to find what a command started outside its process group,
-//! and all that is left of the server's session once the server has ended.
+//! Read only when something is to be killed: to find what a command started outside its process
+//! group, and all that is left of the server's session once the server has ended.
 
 use crate::sys::{EMFILE, ENFILE};
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -13,15 +13,15 @@ pub struct Process {
     pub parent: u32,
     pub group: u32,
     pub session: u32,
-    /// When it started, in clock ticks since the host did: it tells a process from one that has got its
-    /// number since.
+    /// When it started, in clock ticks since the host did: it tells a process from one that has got
+    /// its number since.
     pub start: u64,
     /// Dead, but not reaped.
     pub is_zombie: bool,
 }
 
-/// Whether `/proc` is there, and shows this process by the number that it has for itself: in the `/proc`
-/// of another namespace all numbers mean other processes.
+/// Whether `/proc` is there, and shows this process by the number that it has for itself: in the
+/// `/proc` of another namespace all numbers mean other processes.
 pub fn is_known() -> bool {
     fs::read_link("/proc/self").ok() == Some(process::id().to_string().into())
 }
@@ -34,13 +34,15 @@ struct Last {
     is_busy: bool,
 }
 
-/// All processes, in no order, each as it was at some moment after this call began; none where [`is_known`] does not
-/// hold, or no descriptor is left to read with. Where many clients leave at once, many threads ask at once, and what
-/// one of them reads is shared by all that asked before it began.
+/// All processes, in no order, each as it was at some moment after this call began; none where
+/// [`is_known`] does not hold, or no descriptor is left to read with. Where many clients leave at
+/// once, many threads ask at once, and what one of them reads is shared by all that asked before it
+/// began.
 pub fn all() -> Vec<Process> {
     static LAST: Mutex<Last> = Mutex::new(Last { begun: None, found: Vec::new(), is_busy: false });
     static IS_READ: Condvar = Condvar::new();
-    // A reading that began before this does not count; None, where there was no reading yet, is less than any time.
+    // A reading that began before this does not count; None, where there was no reading yet, is
+    // less than any time.
     let asked = Some(Instant::now());
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     while last.begun <= asked && last.is_busy {
@@ -74,12 +76,13 @@ fn read_all() -> Vec<Process> {
     processes
 }
 
-/// Of `processes`, `leader` and its group, those of `known` that are still there and the groups that they lead or led,
-/// and all that descend from these, the oldest first: as far as they belong to the session that the server leads, and
-/// all commands share.
+/// Of `processes`, `leader` and its group, those of `known` that are still there and the groups
+/// that they lead or led, and all that descend from these, the oldest first: as far as they belong
+/// to the session that the server leads, and all commands share.
 pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Vec<Process> {
     processes.retain(|p| p.session == process::id());
-    // Another start time means that the number, as a process's and so as a group's, has been given again.
+    // Another start time means that the number, as a process's and so as a group's, has been given
+    // again.
     let is_same = |k: &&Process| processes.iter().all(|p| p.pid != k.pid || p.start == k.start);
     let known: Vec<_> = known.iter().filter(is_same).collect();
     let is_known = |p: &Process| known.iter().any(|k| k.pid == p.pid || k.pid == p.group);
@@ -97,8 +100,8 @@ pub fn family(mut processes: Vec<Process>, leader: u32, known: &[Process]) -> Ve
     family
 }
 
-/// The fields of a `stat` file. The second is the program's name in brackets, which may itself hold brackets
-/// and blanks; here 0 is the one after it, the state.
+/// The fields of a `stat` file. The second is the program's name in brackets, which may itself hold
+/// brackets and blanks; here 0 is the one after it, the state.
 fn parse(stat: &str) -> Option<Process> {
     let (start, rest) = stat.rsplit_once(") ")?;
     let (pid, _) = start.split_once(' ')?;
@@ -150,7 +153,8 @@ mod tests {
         let own = std::process::id();
         let elsewhere = own + 1;
         let all = vec![
-            // Listed before its parent. A child's number can be the lower one, after all have been used once.
+            // Listed before its parent. A child's number can be the lower one, after all have been
+            // used once.
             Process { start: 99, ..process(9, 12, 12, own) },
             process(10, 1, 10, own),
             process(11, 10, 10, own),

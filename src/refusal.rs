@@ -1,5 +1,5 @@
-//! Every reason not to run a command, and the one place where a reason becomes a status (RFC 9110 section
-//! 15) and a text. Who reads the text knows what was expected, and how to get there.
+//! Every reason not to run a command, and the one place where a reason becomes a status (RFC 9110
+//! section 15) and a text. Who reads the text knows what was expected, and how to get there.
 
 use std::{borrow::Cow, io::Error, io::ErrorKind};
 

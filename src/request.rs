@@ -1,6 +1,6 @@
-//! HTTP/1.x requests by the strict grammar of RFC 9112: what it does not allow is refused, never mended,
-//! since two programs that mend a message in different ways are how requests are smuggled. Of what it allows,
-//! content in chunks and targets that are no path are not taken.
+//! HTTP/1.x requests by the strict grammar of RFC 9112: what it does not allow is refused, never
+//! mended, since two programs that mend a message in different ways are how requests are smuggled.
+//! Of what it allows, content in chunks and targets that are no path are not taken.
 
 use crate::refusal::{self, Refusal, ensure, shown};
 use std::{collections::BTreeMap, io::BufRead, io::Read, io::Take};
@@ -32,8 +32,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Reads the head of a new request. What was read before an error stays in it, for the log. One empty line
-    /// before it is skipped (RFC 9112 section 2.2).
+    /// Reads the head of a new request. What was read before an error stays in it, for the log. One
+    /// empty line before it is skipped (RFC 9112 section 2.2).
     pub fn read(&mut self, input: &mut impl BufRead) -> Result<(), Refusal> {
         let mut head = input.take(LONGEST_LINE + 2);
         let mut line = read_line(&mut head, refusal::LONG_LINE)?;
@@ -61,13 +61,14 @@ impl Request {
         self.target.split_once('?').unwrap_or((&self.target, ""))
     }
 
-    /// The value of the field of that name, given in lower case. Several fields of one name are one that has
-    /// a list (RFC 9110 section 5.3), so that no second one escapes a comparison.
+    /// The value of the field of that name, given in lower case. Several fields of one name are one
+    /// that has a list (RFC 9110 section 5.3), so that no second one escapes a comparison.
     pub fn field(&self, name: &str) -> Option<&str> {
         self.fields.get(name).map(String::as_str)
     }
 
-    /// Whether `Accept` names that very media type, and not with a weight of 0 (RFC 9110 section 12.5.1).
+    /// Whether `Accept` names that very media type, and not with a weight of 0 (RFC 9110 section
+    /// 12.5.1).
     pub fn accepts(&self, media_type: &str) -> bool {
         let list = self.field("accept").unwrap_or_default().to_ascii_lowercase();
         let is_zero = |part: &str| part.strip_prefix("q=").is_some_and(|q| q.parse() == Ok(0.0));
@@ -87,22 +88,23 @@ impl Request {
         self.content_length > 0 && self.minor_version > 0 && self.field("expect").is_some()
     }
 
-    /// Whether the connection ends with the answer. It does after any content: where the next request begins
-    /// is then never a matter of opinion, by which one could be smuggled.
+    /// Whether the connection ends with the answer. It does after any content: where the next
+    /// request begins is then never a matter of opinion, by which one could be smuggled.
     pub fn ends_connection(&self) -> bool {
         let list = self.field("connection").unwrap_or_default().to_ascii_lowercase();
         let closes = list.split(',').any(|element| element.trim_ascii() == "close");
         closes || self.minor_version == 0 || self.content_length > 0 || !self.is_understood
     }
 
-    /// Whether it asks to go on with what has ended: the reconnect of an `EventSource`; or the rest of an answer that
-    /// broke off, for which wget asks by `Range`.
+    /// Whether it asks to go on with what has ended: the reconnect of an `EventSource`; or the rest
+    /// of an answer that broke off, for which wget asks by `Range`.
     pub fn is_reconnect(&self) -> bool {
         self.field("last-event-id").is_some_and(|id| !id.is_empty())
             || self.field("range").is_some()
     }
 
-    /// Whether the content can be the form that holds the command. No content type counts as a form's.
+    /// Whether the content can be the form that holds the command. No content type counts as a
+    /// form's.
     pub fn check_form(&self) -> Result<(), Refusal> {
         let value = self.field("content-type").unwrap_or(FORM_TYPE);
         let (media_type, _) = value.split_once(';').unwrap_or((value, ""));
@@ -110,8 +112,9 @@ impl Request {
         ensure(self.content_length <= LARGEST_FORM, refusal::LONG_FORM)
     }
 
-    /// RFC 9112 section 3; of the targets only a path. It may hold characters that RFC 3986 has escaped, since
-    /// browsers and people send some of them as they are; but not `#`, behind which others would cut it.
+    /// RFC 9112 section 3; of the targets only a path. It may hold characters that RFC 3986 has
+    /// escaped, since browsers and people send some of them as they are; but not `#`, behind which
+    /// others would cut it.
     fn parse_line(&mut self, line: &[u8]) -> Result<(), Refusal> {
         let line = std::str::from_utf8(line).map_err(|_| refusal::LINE)?;
         let parts: Vec<&str> = line.split(' ').collect();
@@ -142,8 +145,8 @@ impl Request {
         Ok(())
     }
 
-    /// How the content is delimited, if there is any (RFC 9112 section 6), what the client expects, and which
-    /// host it means.
+    /// How the content is delimited, if there is any (RFC 9112 section 6), what the client expects,
+    /// and which host it means.
     fn check_framing(&mut self) -> Result<(), Refusal> {
         ensure(self.field("transfer-encoding").is_none(), refusal::NO_LENGTH)?;
         if let Some(length) = self.field("content-length") {
@@ -190,8 +193,9 @@ pub struct Form {
     pub is_reconnect: bool,
 }
 
-/// Reads a query, or `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but nothing between two `&` is
-/// refused here as an unknown field, since it shows that a command was not encoded).
+/// Reads a query, or `application/x-www-form-urlencoded` content (WHATWG URL section 5.1; but
+/// nothing between two `&` is refused here as an unknown field, since it shows that a command was
+/// not encoded).
 pub fn parse_form(form: &[u8]) -> Result<Form, Refusal> {
     let mut parsed = Form::default();
     if form.is_empty() {

@@ -11,8 +11,8 @@ pub const PAGE: &[u8] = include_bytes!("console.html");
 const EVENTS: &str = "Content-Type: text/event-stream\r\n";
 pub const PLAIN: &str = "Content-Type: text/plain; charset=utf-8\r\n";
 
-/// A browser keeps no page that an upgrade has made old. The page may use this very script and style, to which
-/// a test holds the hashes, and talk to this server alone.
+/// A browser keeps no page that an upgrade has made old. The page may use this very script and
+/// style, to which a test holds the hashes, and talk to this server alone.
 pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     Cache-Control: no-store\r\nReferrer-Policy: no-referrer\r\n\
     Content-Security-Policy: default-src 'none'; img-src data:; connect-src 'self'; \
@@ -20,7 +20,8 @@ pub const PAGE_FIELDS: &str = "Content-Type: text/html; charset=utf-8\r\n\
     style-src 'sha256-AmjkUq9OY+RRVliTJsq+yR3StDAZmCqZxMMnGphYIe0='; \
     base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n";
 
-/// Behind the origin of a foreign page: what a preflight asks, whether it may send that; and for caches, that answers differ.
+/// Behind the origin of a foreign page: what a preflight asks, whether it may send that; and for
+/// caches, that answers differ.
 const FOREIGN_FIELDS: &str = "Access-Control-Allow-Methods: GET, POST\r\n\
     Access-Control-Allow-Headers: Authorization, Content-Type, Last-Event-ID\r\nVary: Origin\r\n";
 

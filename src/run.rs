@@ -1,11 +1,12 @@
-//! One command's stream, from its `start` to its `exit`: everything that can happen to a running command and
-//! to its client happens here.
+//! One command's stream, from its `start` to its `exit`: everything that can happen to a running
+//! command and to its client happens here.
 //!
-//! Threads read the command's pipes and feed it (`pipes`); the connection's thread takes what they have read
-//! from a channel, encodes it and writes it. The channel is bounded, so a client that reads slowly slows the
-//! command down. The command's life is [`Run::live`], from top to bottom. In each of its phases the connection's
-//! thread goes on in turns; a turn waits for messages for a tick at the most, and for the client for another, so
-//! nothing that a command does to its pipes can hold this thread.
+//! Threads read the command's pipes and feed it (`pipes`); the connection's thread takes what they
+//! have read from a channel, encodes it and writes it. The channel is bounded, so a client that
+//! reads slowly slows the command down. The command's life is [`Run::live`], from top to bottom. In
+//! each of its phases the connection's thread goes on in turns; a turn waits for messages for a
+//! tick at the most, and for the client for another, so nothing that a command does to its pipes
+//! can hold this thread.
 
 use crate::pipes::{self, Content, Message, TICK, is_passing};
 use crate::refusal::{self, Refusal, ensure};
@@ -19,14 +20,17 @@ use std::{net::SocketAddr, net::TcpStream, process::ChildStdin, thread};
 
 /// Messages, one from each reader, of up to 32 KiB.
 const CHANNEL: usize = 2;
-/// Encoded output, in bytes, to which no more messages are added: a byte of one may have become six.
+/// Encoded output, in bytes, to which no more messages are added: a byte of one may have become
+/// six.
 const ENOUGH: usize = 64 << 10;
-/// Turns without a message after which what a command left running is quiet, and its stream ends. They are counted,
-/// since by the clock it would be quiet, too, when the whole server was stopped (SIGSTOP, a laptop's lid).
+/// Turns without a message after which what a command left running is quiet, and its stream ends.
+/// They are counted, since by the clock it would be quiet, too, when the whole server was stopped
+/// (SIGSTOP, a laptop's lid).
 const QUIET_TURNS: u32 = 3;
 /// A leader that was sent SIGKILL is dead by then, or cannot be killed.
 const KILL_TIME: Duration = Duration::from_secs(1);
-/// Once both outputs have ended, the waits for the leader's exit are 0, 1, 2, … times this, up to a tick.
+/// Once both outputs have ended, the waits for the leader's exit are 0, 1, 2, … times this, up to a
+/// tick.
 const EXIT_WAIT: Duration = Duration::from_micros(50);
 /// How long a client that takes nothing can hold up the server's end.
 const LAST_STALL: Duration = Duration::from_millis(700);
@@ -73,10 +77,10 @@ impl Drop for Place {
     }
 }
 
-/// Starts a command, feeds it `content`, if it is to have any, streams it to the client, and sees to its end.
-/// `command` is its command line as the log has it. It is refused before anything of the stream was sent: where it
-/// was not started, or was killed at once since there were no threads for its pipes. [`refusal::GONE`] is a client
-/// that did not get all of it, `exit` included.
+/// Starts a command, feeds it `content`, if it is to have any, streams it to the client, and sees
+/// to its end. `command` is its command line as the log has it. It is refused before anything of
+/// the stream was sent: where it was not started, or was killed at once since there were no threads
+/// for its pipes. [`refusal::GONE`] is a client that did not get all of it, `exit` included.
 pub fn run(
     command: &str,
     words: &[Vec<u8>],
@@ -91,7 +95,8 @@ pub fn run(
     let (child, outputs, stdin) = Child::start(words, content.is_some())?;
     log::line(format_args!("run peer={} pid={} command={command}", client.peer, child.pid));
     let (sender, messages) = sync_channel(CHANNEL);
-    // One sender stays here: otherwise, once the readers have ended, recv_timeout would return at once.
+    // One sender stays here: otherwise, once the readers have ended, recv_timeout would return at
+    // once.
     let (sender, is_over) = (&sender, &AtomicBool::new(false));
     let mut run = Run {
         child,
@@ -117,9 +122,9 @@ pub fn run(
             builder().spawn_scoped(scope, || pipes::feed(content, stdin, sender, is_over))?;
         }
         let why_ended = run.live();
-        // `finish` takes the run by value, so the closure owns it. However the closure is left, by `?`, a panic or its end,
-        // the run is dropped before the scope waits for the threads. Its Drop tells them to end, and without its
-        // receiver none of them can wait in `send`.
+        // `finish` takes the run by value, so the closure owns it. However the closure is left, by
+        // `?`, a panic or its end, the run is dropped before the scope waits for the threads. Its
+        // Drop tells them to end, and without its receiver none of them can wait in `send`.
         Ok(run.finish(why_ended, place))
     });
     ensure(done.map_err(|_| refusal::BUSY.about("thread"))?, refusal::GONE)
@@ -156,17 +161,19 @@ struct Cause {
 }
 
 impl Drop for Run<'_> {
-    /// On every way out, also where a thread could not be started or this one panics, the threads end, and
-    /// no command is left.
+    /// On every way out, also where a thread could not be started or this one panics, the threads
+    /// end, and no command is left.
     fn drop(&mut self) {
-        // In this order: a feeder that ends closes the command's input, which must not take the part for the whole.
+        // In this order: a feeder that ends closes the command's input, which must not take the
+        // part for the whole.
         self.child.end();
         self.is_over.store(true, SeqCst);
     }
 }
 
 impl Run<'_> {
-    /// A command's life, until nothing more comes of it. Returns the `out` of `exit`, where it was ended.
+    /// A command's life, until nothing more comes of it. Returns the `out` of `exit`, where it was
+    /// ended.
     fn live(&mut self) -> Option<&'static str> {
         let pid = self.child.pid;
         self.stream.start(pid, self.client.limits.heartbeat.as_secs_f64());
@@ -175,7 +182,8 @@ impl Run<'_> {
             self.stream.event("err", "", cause.text.as_bytes());
             self.end_all();
         }
-        // After a command's own end only its group is killed. (After `end_all` this finds nobody, or hits again.)
+        // After a command's own end only its group is killed. (After `end_all` this finds nobody,
+        // or hits again.)
         sys::send_group(pid, sys::SIGKILL);
         // What it has printed until now is still read, and sent.
         self.is_over.store(true, SeqCst);
@@ -208,8 +216,8 @@ impl Run<'_> {
         self.child.signal(&[sys::SIGTERM, sys::SIGCONT]);
         let asked = Instant::now();
         while asked.elapsed() < self.client.limits.grace && !IS_URGENT.load(SeqCst) {
-            // A turn with output shows that something lives, so /proc is read only after one without. An open pipe shows
-            // nothing: a process outside the session may hold it.
+            // A turn with output shows that something lives, so /proc is read only after one
+            // without. An open pipe shows nothing: a process outside the session may hold it.
             if self.quiet_turns > 0 && sys::has_exited(self.child.pid) && self.child.is_dead() {
                 return;
             }
@@ -236,8 +244,8 @@ impl Run<'_> {
         }
     }
 
-    /// Takes what comes, sends what there is, and looks after the client. Returns why the command is to end, if
-    /// it is.
+    /// Takes what comes, sends what there is, and looks after the client. Returns why the command
+    /// is to end, if it is.
     fn turn(&mut self) -> Option<Cause> {
         // A client that does not take what there is keeps more from being read.
         if self.stream.unsent.is_empty() {
@@ -248,9 +256,11 @@ impl Run<'_> {
         self.cause()
     }
 
-    /// Waits for a message, and encodes what it brings, and others that are there by then, for one write.
+    /// Waits for a message, and encodes what it brings, and others that are there by then, for one
+    /// write.
     fn receive(&mut self) {
-        // Both outputs have ended, but not the leader: its exit is mostly a matter of microseconds, and nothing tells of it.
+        // Both outputs have ended, but not the leader: its exit is mostly a matter of microseconds,
+        // and nothing tells of it.
         let is_exit_due = self.open_outputs == 0 && !sys::has_exited(self.child.pid);
         let wait = if is_exit_due { EXIT_WAIT * self.quiet_turns } else { TICK };
         let mut next = self.messages.recv_timeout(wait.min(TICK)).ok();
@@ -273,8 +283,8 @@ impl Run<'_> {
         }
     }
 
-    /// Writes what there is, as far as the client takes it within a tick. For one that is lost it is thrown
-    /// away, so that the command can end.
+    /// Writes what there is, as far as the client takes it within a tick. For one that is lost it
+    /// is thrown away, so that the command can end.
     fn send(&mut self) {
         if self.stream.unsent.is_empty() || self.lost.is_some() {
             return self.stream.unsent.clear();
@@ -286,7 +296,8 @@ impl Run<'_> {
                 self.stream.unsent.drain(..length);
                 self.written = Instant::now();
             }
-            // After a silence it can be over at once: the buffer is full of what was sent before, of which nothing was taken.
+            // After a silence it can be over at once: the buffer is full of what was sent before,
+            // of which nothing was taken.
             Err(error) if is_passing(&error) && self.written.elapsed() < longest_stall => {}
             // TCP_USER_TIMEOUT may be the first to notice a stall.
             Err(error) if is_passing(&error) || error.kind() == ErrorKind::TimedOut => {
@@ -304,11 +315,11 @@ impl Run<'_> {
         if state & (POLLERR | POLLHUP) != 0 || (is_half_closed && !self.stream.is_events) {
             self.lost.get_or_insert("gone");
         }
-        // A client that has closed everything looks half-closed first, too. One comment decides: who has closed answers it
-        // with a reset, which a later turn sees as POLLERR or POLLHUP.
+        // A client that has closed everything looks half-closed first, too. One comment decides:
+        // who has closed answers it with a reset, which a later turn sees as POLLERR or POLLHUP.
         let is_in_doubt = is_half_closed && !self.is_probed;
-        // Plain text is probed, as far as it can be, only while unread input waits (POLLIN): it may fill TCP's window,
-        // behind which the client's end cannot arrive.
+        // Plain text is probed, as far as it can be, only while unread input waits (POLLIN): it may
+        // fill TCP's window, behind which the client's end cannot arrive.
         let may_comment = self.stream.is_events || state & POLLIN != 0;
         let is_due = may_comment && self.written.elapsed() >= self.client.limits.heartbeat;
         if self.lost.is_none() && self.stream.unsent.is_empty() && (is_in_doubt || is_due) {
@@ -317,8 +328,8 @@ impl Run<'_> {
         }
     }
 
-    /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns whether
-    /// the client got it.
+    /// Reaps the command and frees its place; sends the outcome, last of all, and logs it. Returns
+    /// whether the client got it.
     fn finish(mut self, why_ended: Option<&'static str>, place: Place) -> bool {
         let status = self.child.reap();
         // Before `exit` is sent: who has read it may start the next command at once.

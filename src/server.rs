@@ -6,20 +6,23 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, atomic::Ordering::SeqCst};
 use std::{io, thread, time::Duration, time::Instant};
 
-/// Connections that run no command. Beyond them clients wait to be accepted until one of these ends: after five
-/// seconds, where it sends nothing.
+/// Connections that run no command. Beyond them clients wait to be accepted until one of these
+/// ends: after five seconds, where it sends nothing.
 const MOST_WAITING: usize = 512;
-/// Of a connection's thread. Buffers are on the heap, and a 32-bit host has no 2 MiB for each of hundreds.
+/// Of a connection's thread. Buffers are on the heap, and a 32-bit host has no 2 MiB for each of
+/// hundreds.
 const STACK: usize = 128 << 10;
-/// Between two looks at what nothing tells of: whether descriptors and threads can be had again, or how the
-/// end goes on.
+/// Between two looks at what nothing tells of: whether descriptors and threads can be had again, or
+/// how the end goes on.
 const PAUSE: Duration = Duration::from_millis(10);
-/// What the end may take beyond `--grace`: 1 s until a command that cannot be killed is given up, 0.5 s until its
-/// readers notice that, 0.7 s for a client that does not read, and some more for a slow host.
+/// What the end may take beyond `--grace`: 1 s until a command that cannot be killed is given up,
+/// 0.5 s until its readers notice that, 0.7 s for a client that does not read, and some more for a
+/// slow host.
 const AFTER_GRACE: Duration = Duration::from_millis(2_800);
 /// What the end may take after a second signal.
 const URGENT_TIME: Duration = Duration::from_millis(300);
-/// Signals within this time are one: `killall` reaches the server by itself and through the supervisor.
+/// Signals within this time are one: `killall` reaches the server by itself and through the
+/// supervisor.
 const SAME_SIGNAL: Duration = Duration::from_millis(200);
 
 /// Serves until a signal ends the server, and every command has ended.
@@ -60,8 +63,8 @@ pub fn serve(listener: TcpListener, config: Config) -> io::Result<()> {
     Ok(())
 }
 
-/// Serves a client in a thread of its own. Where none is to be had, the client waits for one, and with it all
-/// who come later: whatever ends gives one back.
+/// Serves a client in a thread of its own. Where none is to be had, the client waits for one, and
+/// with it all who come later: whatever ends gives one back.
 fn start_thread(config: &Arc<Config>, socket: TcpStream, peer: SocketAddr) {
     // Shared with the thread, so that it is still there where that could not be started.
     let socket = Arc::new(socket);

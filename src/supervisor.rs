@@ -1,9 +1,10 @@
 //! Two processes: what was started stays as the supervisor, and its child is the server.
 //!
-//! The supervisor waits, hands signals on and reaps. It holds no socket and no lock, so nothing keeps it
-//! from its last duty: when the server has ended, however that came about, to kill what the server's
-//! commands have left. The server leads a session of its own, to which everything belongs that commands
-//! start without setsid(2), and by whose number all of it is found; no table has to be kept of what runs.
+//! The supervisor waits, hands signals on and reaps. It holds no socket and no lock, so nothing
+//! keeps it from its last duty: when the server has ended, however that came about, to kill what
+//! the server's commands have left. The server leads a session of its own, to which everything
+//! belongs that commands start without setsid(2), and by whose number all of it is found; no table
+//! has to be kept of what runs.
 
 use crate::{processes, sys};
 use std::{io, process, thread, time::Duration, time::Instant};
@@ -12,8 +13,9 @@ use std::{io, process, thread, time::Duration, time::Instant};
 const KILL_TIME: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Splits the program in two, and returns in the server. The supervisor ends here, with the server's exit
-/// status, when the server has ended and all it left was killed. Call it before any thread is started.
+/// Splits the program in two, and returns in the server. The supervisor ends here, with the
+/// server's exit status, when the server has ended and all it left was killed. Call it before any
+/// thread is started.
 pub fn split() -> io::Result<()> {
     let Some(server) = sys::fork_server()? else { return Ok(()) };
     let mut exited = sys::wait_noreap()?;

@@ -1,10 +1,10 @@
-//! The only `unsafe` of the program: the system calls that the standard library does not offer, each
-//! behind a safe function.
+//! The only `unsafe` of the program: the system calls that the standard library does not offer,
+//! each behind a safe function.
 //!
-//! They are declared by hand, since a crate for them would be a dependency. Numbers have the names of
-//! their man pages, and hold for Linux; where it has other ones, on MIPS and SPARC, the program does not
-//! compile rather than misbehave. "Numbers alone" in a SAFETY comment: the call gets no pointer, and so
-//! touches no memory.
+//! They are declared by hand, since a crate for them would be a dependency. Numbers have the names
+//! of their man pages, and hold for Linux; where it has other ones, on MIPS and SPARC, the program
+//! does not compile rather than misbehave. "Numbers alone" in a SAFETY comment: the call gets no
+//! pointer, and so touches no memory.
 
 use std::ffi::{c_int, c_short, c_uint, c_ulong};
 use std::os::{fd::AsFd, fd::AsRawFd, unix::process::ExitStatusExt, unix::process::parent_id};
@@ -47,8 +47,8 @@ struct PollFd {
     revents: c_short,
 }
 
-/// `siginfo_t`, 128 bytes, as ints (sigaction(2)): si_signo, si_errno, si_code, on 64 bits a gap that aligns
-/// what follows to a pointer, and for a child then si_pid.
+/// `siginfo_t`, 128 bytes, as ints (sigaction(2)): si_signo, si_errno, si_code, on 64 bits a gap
+/// that aligns what follows to a pointer, and for a child then si_pid.
 #[repr(C, align(8))]
 struct SignalInfo([c_int; 32]);
 const SI_PID: usize = if cfg!(target_pointer_width = "64") { 4 } else { 3 };
@@ -67,8 +67,8 @@ unsafe extern "C" {
     fn waitid(idtype: c_uint, id: c_uint, info: *mut SignalInfo, options: c_int) -> c_int;
 }
 
-/// How many signals have come that end the server. Of SIGHUP only the first counts, since a terminal that
-/// closes sends several.
+/// How many signals have come that end the server. Of SIGHUP only the first counts, since a
+/// terminal that closes sends several.
 pub static SIGNALS: AtomicU32 = AtomicU32::new(0);
 /// In the supervisor the server's process id, else 0.
 static SERVER: AtomicI32 = AtomicI32::new(0);
@@ -80,8 +80,8 @@ extern "C" fn note(number: c_int) {
     }
     let server = SERVER.load(SeqCst);
     if server > 0 {
-        // SAFETY: numbers alone. To reap the server is the supervisor's last act, so until then the number
-        // is the server's.
+        // SAFETY: numbers alone. To reap the server is the supervisor's last act, so until then the
+        // number is the server's.
         unsafe { kill(server, number) };
     }
 }
@@ -93,18 +93,19 @@ pub fn is_ending() -> bool {
     SIGNALS.load(SeqCst) > 0
 }
 
-/// Splits the process in two. The parent gets the child's process id, and hands SIGTERM, SIGINT and SIGHUP
-/// on to it. The child gets `None`: it leads a session of its own, without a controlling terminal, and the
-/// kernel sends it SIGTERM when the parent ends.
+/// Splits the process in two. The parent gets the child's process id, and hands SIGTERM, SIGINT and
+/// SIGHUP on to it. The child gets `None`: it leads a session of its own, without a controlling
+/// terminal, and the kernel sends it SIGTERM when the parent ends.
 pub fn fork_server() -> io::Result<Option<u32>> {
     const PR_SET_PDEATHSIG: c_int = 1;
     let parent = process::id();
-    // Signals wait until SERVER is stored: one that came between fork and that would not be handed on.
+    // Signals wait until SERVER is stored: one that came between fork and that would not be handed
+    // on.
     block_signals(c_ulong::MAX);
     // SAFETY: the handlers do only what signal-safety(7) admits.
     unsafe {
-        // Handlers rather than ignored signals, also where nothing is to happen: a command gets the default for what
-        // is handled here, but would inherit what is ignored.
+        // Handlers rather than ignored signals, also where nothing is to happen: a command gets the
+        // default for what is handled here, but would inherit what is ignored.
         signal(SIGTERM, Some(note));
         signal(SIGINT, Some(note));
         // Ignored at the start, as nohup(1) has it, it stays without effect.
@@ -113,17 +114,20 @@ pub fn fork_server() -> io::Result<Option<u32>> {
         }
         // A log file that meets RLIMIT_FSIZE is an error of that write, and not the end.
         signal(SIGXFSZ, Some(do_nothing));
-        // The default, which is a null handler: whoever starts this may ignore it, and every wait for a child would fail.
+        // The default, which is a null handler: whoever starts this may ignore it, and every wait
+        // for a child would fail.
         signal(SIGCHLD, None);
     }
-    // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock held.
+    // SAFETY: called once, by `supervisor`, before there is any thread, so the child finds no lock
+    // held.
     let pid = check(unsafe { fork() })?;
     SERVER.store(pid, SeqCst);
     block_signals(0);
     if pid > 0 {
         return Ok(Some(pid as u32));
     }
-    // SAFETY: numbers alone; prctl's second argument is an unsigned long (PR_SET_PDEATHSIG(2const)).
+    // SAFETY: numbers alone; prctl's second argument is an unsigned long
+    // (PR_SET_PDEATHSIG(2const)).
     unsafe {
         setsid();
         prctl(PR_SET_PDEATHSIG, SIGTERM as c_ulong);
@@ -135,7 +139,8 @@ pub fn fork_server() -> io::Result<Option<u32>> {
     Ok(None)
 }
 
-/// Blocks the signals whose bits are set, and no others: all for all ones. Commands inherit what is blocked.
+/// Blocks the signals whose bits are set, and no others: all for all ones. Commands inherit what is
+/// blocked.
 fn block_signals(bits: c_ulong) {
     // SAFETY: the array is at least as large as a `sigset_t`.
     unsafe { sigprocmask(SIG_SETMASK, &[bits; 32], ptr::null_mut()) };
@@ -147,8 +152,9 @@ pub fn send(pid: u32, signal: c_int) -> bool {
     unsafe { kill(pid as c_int, signal) == 0 }
 }
 
-/// Sends `signal` to every process of the group whose leader is `leader`, as far as they may be signalled.
-/// The caller vouches that the leader was not reaped, so that the number cannot be somebody else's.
+/// Sends `signal` to every process of the group whose leader is `leader`, as far as they may be
+/// signalled. The caller vouches that the leader was not reaped, so that the number cannot be
+/// somebody else's.
 pub fn send_group(leader: u32, signal: c_int) {
     // SAFETY: numbers alone. A child's id is above 1, so this is never every process there is.
     unsafe { kill(-(leader as c_int), signal) };
@@ -161,8 +167,8 @@ const WNOHANG: c_int = 1;
 const WEXITED: c_int = 4;
 const WNOWAIT: c_int = 0x0100_0000;
 
-/// Waits until any child has exited, and returns its id. It is not reaped: a zombie keeps its number from being
-/// given to another process.
+/// Waits until any child has exited, and returns its id. It is not reaped: a zombie keeps its
+/// number from being given to another process.
 pub fn wait_noreap() -> io::Result<u32> {
     let mut info = SignalInfo([0; 32]);
     // SAFETY: the call fills in a siginfo_t, for which there is room.
@@ -175,12 +181,13 @@ pub fn has_exited(pid: u32) -> bool {
     let mut info = SignalInfo([0; 32]);
     // SAFETY: as above.
     let returned = unsafe { waitid(P_PID, pid, &mut info, WEXITED | WNOWAIT | WNOHANG) };
-    // For a child that still runs nothing is filled in. What fails would go on failing, and is not waited for.
+    // For a child that still runs nothing is filled in. What fails would go on failing, and is not
+    // waited for.
     returned == -1 || info.0[SI_PID] > 0
 }
 
-/// Reaps that child, once it has exited. Returns its exit status as a shell has it: 128 + N where signal N
-/// ended it (XCU 2.8.2).
+/// Reaps that child, once it has exited. Returns its exit status as a shell has it: 128 + N where
+/// signal N ended it (XCU 2.8.2).
 pub fn reap(pid: u32) -> io::Result<i32> {
     let mut status = 0;
     // SAFETY: the call fills in an int.
@@ -189,14 +196,14 @@ pub fn reap(pid: u32) -> io::Result<i32> {
     Ok(status.code().unwrap_or(128 + status.signal().unwrap_or(0)))
 }
 
-/// What a call has returned, or the error that -1 stands for. EINTR is none of them: signal(3) sets handlers
-/// with SA_RESTART, so that a wait goes on after one.
+/// What a call has returned, or the error that -1 stands for. EINTR is none of them: signal(3) sets
+/// handlers with SA_RESTART, so that a wait goes on after one.
 fn check(returned: c_int) -> io::Result<c_int> {
     if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(returned) }
 }
 
-/// Waits up to `wait` until one of `events`, POLLERR or POLLHUP holds for the descriptor; returns those
-/// that do. A signal ends the wait early, with none.
+/// Waits up to `wait` until one of `events`, POLLERR or POLLHUP holds for the descriptor; returns
+/// those that do. A signal ends the wait early, with none.
 pub fn poll_one(descriptor: &impl AsFd, events: c_short, wait: Duration) -> c_short {
     let fd = descriptor.as_fd().as_raw_fd();
     let mut entry = PollFd { fd, events, revents: 0 };
@@ -205,8 +212,9 @@ pub fn poll_one(descriptor: &impl AsFd, events: c_short, wait: Duration) -> c_sh
     entry.revents
 }
 
-/// Makes reading and writing return at once where they would wait. For a pipe's end of our own, which has no
-/// other flag; what a command holds is another open file description, and stays as it is.
+/// Makes reading and writing return at once where they would wait. For a pipe's end of our own,
+/// which has no other flag; what a command holds is another open file description, and stays as it
+/// is.
 pub fn set_nonblocking(pipe: &impl AsFd) {
     const F_SETFL: c_int = 4;
     const O_NONBLOCK: c_int = 0o4000;
@@ -214,9 +222,9 @@ pub fn set_nonblocking(pipe: &impl AsFd) {
     unsafe { fcntl(pipe.as_fd().as_raw_fd(), F_SETFL, O_NONBLOCK) };
 }
 
-/// Has TCP find out that a peer is gone without a word: it is probed after `idle` without any traffic, and
-/// counts as dead when it has acknowledged nothing for `patience`, neither a probe nor what was sent.
-/// TCP keeps whole seconds here, so they are rounded up.
+/// Has TCP find out that a peer is gone without a word: it is probed after `idle` without any
+/// traffic, and counts as dead when it has acknowledged nothing for `patience`, neither a probe nor
+/// what was sent. TCP keeps whole seconds here, so they are rounded up.
 pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) {
     // socket(7) and tcp(7)
     const SOL_SOCKET: c_int = 1;
@@ -233,8 +241,8 @@ pub fn notice_dead_peer(socket: &TcpStream, idle: Duration, patience: Duration) 
     let seconds = |time: Duration| time.as_secs_f64().ceil().min(32_767.0) as c_int;
     set(SOL_SOCKET, SO_KEEPALIVE, 1);
     set(IPPROTO_TCP, TCP_KEEPIDLE, seconds(idle));
-    // With TCP_USER_TIMEOUT no number of probes is looked at: the first one comes after `idle`, and the next, when
-    // `patience` is over, finds the peer dead.
+    // With TCP_USER_TIMEOUT no number of probes is looked at: the first one comes after `idle`, and
+    // the next, when `patience` is over, finds the peer dead.
     set(IPPROTO_TCP, TCP_KEEPINTVL, seconds(patience));
     // `as` stops at the largest int, 24 days.
     let millis = (patience.as_secs_f64() * 1000.0).ceil() as c_int;

@@ -1,13 +1,15 @@
-//! A command line, split into words as a POSIX shell splits it (XCU 2.2, Quoting), with nothing expanded: no
-//! variables, no patterns, no operators. Words are bytes, since file names are.
+//! A command line, split into words as a POSIX shell splits it (XCU 2.2, Quoting), with nothing
+//! expanded: no variables, no patterns, no operators. Words are bytes, since file names are.
 
 use crate::refusal::{self, Refusal, ensure};
 
-/// The words of `line`, of which there is at least one: blanks and LF separate (a CR is a part of its
-/// word), quotes and backslashes keep together. An unclosed quote, or a NUL, which no argument can hold, is refused.
+/// The words of `line`, of which there is at least one: blanks and LF separate (a CR is a part of
+/// its word), quotes and backslashes keep together. An unclosed quote, or a NUL, which no argument
+/// can hold, is refused.
 pub fn split(line: &[u8]) -> Result<Vec<Vec<u8>>, Refusal> {
     let mut words = Vec::new();
-    // The word that is being read, once it has begun: a pair of quotes begins one that may stay empty.
+    // The word that is being read, once it has begun: a pair of quotes begins one that may stay
+    // empty.
     let mut word: Option<Vec<u8>> = None;
     // The quote that is open.
     let mut quote = None;

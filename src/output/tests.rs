@@ -101,7 +101,8 @@ fn the_contract_s_example() {
     assert_eq!(events(&sent(&mut stream)), expected);
 }
 
-/// The counts of U+FFFD are those of browsers (Unicode 3.9, table 3-8 to 3-11, and the WHATWG decoder's tests).
+/// The counts of U+FFFD are those of browsers (Unicode 3.9, table 3-8 to 3-11, and the WHATWG
+/// decoder's tests).
 #[test]
 fn invalid_bytes_become_the_browsers_count_of_replacements() {
     let table: &[(&[u8], &str)] = &[
