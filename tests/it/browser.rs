@@ -206,14 +206,15 @@ impl Browser {
         let settings = format!("\"behavior\":\"allow\",\"downloadPath\":{place}");
         self.tool("Browser.setDownloadBehavior", &settings);
         self.press("Save");
-        let mut name = String::new();
+        let (mut name, mut text) = (String::new(), String::new());
+        // Chromium may reserve the name by an empty file, before it renames the whole one.
         wait_for("the file", || {
             let names = std::fs::read_dir(&folder.0).unwrap();
             let mut names = names.map(|entry| entry.unwrap().file_name().into_string().unwrap());
-            name = names.next().unwrap_or_default();
-            name.ends_with(".txt")
+            name = names.find(|name| name.ends_with(".txt")).unwrap_or_default();
+            text = std::fs::read_to_string(folder.path(&name)).unwrap_or_default();
+            !name.is_empty() && !text.is_empty()
         });
-        let text = std::fs::read_to_string(folder.path(&name)).unwrap();
         (name, text)
     }
 
